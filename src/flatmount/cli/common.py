@@ -1,0 +1,71 @@
+"""What the verbs share: the store's options, mappings, and how facts are printed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import Any
+
+from flatmount.errors import UsageError
+from flatmount.plan.mapping import Mapping
+from flatmount.store import Store
+
+DEFAULT_ROOT = "/var/lib/flatmount"
+DEFAULT_RUN = "/run/flatmount"
+
+
+def store_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--root` and `--json`, which every verb on a store has."""
+    parser.add_argument(
+        "--root",
+        default=os.environ.get("FLATMOUNT_ROOT", DEFAULT_ROOT),
+        metavar="DIR",
+        help="the store (default: $FLATMOUNT_ROOT or %(default)s)",
+    )
+    json_option(parser)
+
+
+def json_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`: facts as one JSON object with a schema name, for programs."""
+    parser.add_argument("--json", action="store_true", help="print facts as JSON, with a schema name and version")
+
+
+def map_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add `--map` and `--gid-map`."""
+    parser.add_argument(
+        "--map",
+        required=required,
+        metavar="CONTAINER:HOST:SIZE[,...]",
+        help="which ids inside are which ids of the host, for uids and gids",
+    )
+    parser.add_argument("--gid-map", metavar="CONTAINER:HOST:SIZE[,...]", help="another mapping for gids")
+
+
+def mapping_of(args: argparse.Namespace) -> Mapping:
+    """The mapping that `--map` and `--gid-map` name."""
+    return Mapping.parse(args.map, args.gid_map)
+
+
+def open_store(args: argparse.Namespace, *, create: bool = False) -> Store:
+    """Open the store that `--root` names; `create` makes it where there is none."""
+    return Store.open(os.path.abspath(args.root), create=create)
+
+
+def run_directory() -> str:
+    """Where records of live mounts are: $FLATMOUNT_RUN or /run/flatmount."""
+    return os.environ.get("FLATMOUNT_RUN", DEFAULT_RUN)
+
+
+def print_json(verb: str, facts: dict[str, Any], *, version: int = 1) -> None:
+    """Print `facts` on stdout as one object of the schema `flatmount.<verb>/<version>`."""
+    json.dump({"schema": f"flatmount.{verb}/{version}", **facts}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def whole(text: str, what: str, *, least: int, most: int) -> int:
+    """A whole number within bounds, or one line that says which were meant."""
+    if not (text.isascii() and text.isdigit()) or not least <= int(text) <= most:
+        raise UsageError(f"{what} {text!r} is not a whole number from {least} to {most}")
+    return int(text)
