@@ -8,6 +8,7 @@
 #include "uapi.h"
 
 /* Each file adds its functions through one table; module.c joins them. */
+extern PyMethodDef fm_program_methods[];
 extern PyMethodDef fm_userns_methods[];
 extern PyMethodDef fm_mounts_methods[];
 extern PyMethodDef fm_tree_methods[];

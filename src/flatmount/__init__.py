@@ -1,5 +1,5 @@
 """Container root file systems with a constant number of mounts."""
 
-from flatmount._version import VERSION as __version__
+from flatmount._version import VERSION
 
-__all__ = ["__version__"]
+__all__ = ["VERSION"]

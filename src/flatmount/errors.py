@@ -103,7 +103,10 @@ class OperationFailed(FlatmountError):
 _HINTS: dict[tuple[str, int], str] = {
     ("*", errno_names.EPERM): "run as root: mounts need CAP_SYS_ADMIN in the initial user namespace",
     ("*", errno_names.EACCES): "run as root, and look for a security module that denies mounts",
-    ("*", errno_names.ENOSYS): "this kernel lacks the call; `flatmount probe` shows which strategies it allows",
+    (
+        "*",
+        errno_names.ENOSYS,
+    ): "this kernel lacks the call; `flatmount probe` shows which strategies it allows",
     ("*", errno_names.EMFILE): "raise the limit of open files (ulimit -n)",
     ("*", errno_names.ENFILE): "raise fs.file-max",
     ("*", errno_names.EDQUOT): "the quota of the upper's file system is used up",
@@ -120,8 +123,14 @@ _HINTS: dict[tuple[str, int], str] = {
     ("move_mount", errno_names.ENOTDIR): "the target is not a directory (a symbolic link is not followed)",
     ("move_mount", errno_names.ENOENT): "the target does not exist",
     ("mount", errno_names.ENOSPC): "raise fs.mount-max: the mount table of this namespace is full",
-    ("mount_setattr", errno_names.EINVAL): "this file system does not take id-mapped mounts; `flatmount probe` tells",
-    ("umount2", errno_names.EBUSY): "something still uses it: a process with its working directory there, an open file",
+    (
+        "mount_setattr",
+        errno_names.EINVAL,
+    ): "this file system does not take id-mapped mounts; `flatmount probe` tells",
+    (
+        "umount2",
+        errno_names.EBUSY,
+    ): "something still uses it: a process with its working directory there, an open file",
     ("umount2", errno_names.EINVAL): "it is not mounted (any more)",
 }
 

@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from flatmount import __version__
+from flatmount import VERSION
 from flatmount.errors import EXIT_FAILED, EXIT_USAGE, FlatmountError, from_os_error
 
 # In the order in which `--help` shows them: look first, then images, then mounts, then measuring.
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
         description="Container root file systems with a constant number of mounts.",
         epilog="exit codes: 0 fine, 1 a finding or a failed operation, 2 usage or a bad reference",
     )
-    top.add_argument("--version", action="version", version=f"flatmount {__version__}")
+    top.add_argument("--version", action="version", version=f"flatmount {VERSION}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
     for verb in _VERBS:

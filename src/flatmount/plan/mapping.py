@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -74,16 +75,19 @@ def parse_ranges(text: str) -> tuple[IdRange, ...]:
         if entry.size == 0:
             raise MappingError(f"mapping {text!r}: {part!r} maps nothing", hint="give a size of at least 1")
         if max(entry.container, entry.host) + entry.size > _IDS:
-            raise MappingError(f"mapping {text!r}: {part!r} goes past the last id, {_IDS - 1}", hint="use a smaller range")
+            raise MappingError(
+                f"mapping {text!r}: {part!r} goes past the last id, {_IDS - 1}", hint="use a smaller range"
+            )
         ranges.append(entry)
     if len(ranges) > _KERNEL_EXTENTS:
         raise MappingError(f"mapping has {len(ranges)} ranges", hint=f"the kernel takes {_KERNEL_EXTENTS}")
     for side in ("container", "host"):
         spans = sorted((getattr(r, side), getattr(r, side) + r.size, r) for r in ranges)
-        for (_, end, one), (start, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, one), (start, _, other) in itertools.pairwise(spans):
             if start < end:
                 raise MappingError(
-                    f"mapping {text!r}: {one} and {other} overlap on the {side}'s side", hint="make the ranges disjoint"
+                    f"mapping {text!r}: {one} and {other} overlap on the {side}'s side",
+                    hint="make the ranges disjoint",
                 )
     return tuple(ranges)
 
@@ -94,5 +98,6 @@ def _translate(ranges: tuple[IdRange, ...], container_id: int, kind: str) -> int
             return entry.host + container_id - entry.container
     covered = ",".join(map(str, ranges))
     raise MappingError(
-        f"the mapping {covered} has no host {kind} for the image's {kind} {container_id}", hint="use a larger range"
+        f"the mapping {covered} has no host {kind} for the image's {kind} {container_id}",
+        hint="use a larger range",
     )

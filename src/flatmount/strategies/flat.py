@@ -1,0 +1,21 @@
+"""`flat`: as `detached`, with one flat tree in place of all layers: the cost no longer knows how many there were.
+Mount operations: 1. Linux 6.15, or 5.19 with the parent attached in a helper namespace of our own."""
+
+from __future__ import annotations
+
+from flatmount.errors import UsageError
+from flatmount.plan.operations import MountPlan
+from flatmount.strategies.parts import lower, pinned_overlay, read_only_clone
+from flatmount.strategies.spec import HostFacts, RootfsSpec, Upper, require_idmapped_layers
+
+NAME = "flat"
+
+
+def build(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
+    """Hand the flat tree to overlayfs as the only lower."""
+    require_idmapped_layers(facts, NAME)
+    if spec.flat is None:
+        raise UsageError("the image has no flat tree yet", hint="it is built on first use; or use --strategy detached")
+    if spec.upper is Upper.NONE:
+        return read_only_clone(spec, spec.flat)
+    return pinned_overlay(spec, facts, [lower("lowerdir", spec.flat)])

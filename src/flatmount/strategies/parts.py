@@ -1,0 +1,152 @@
+"""Pieces that several strategies are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from flatmount.plan.operations import (
+    HELPER,
+    HOME,
+    LAYERS,
+    ROOT,
+    UPPERS,
+    USER_NAMESPACE,
+    AssumeIds,
+    Chown,
+    Fchdir,
+    FsConfigCreate,
+    FsConfigString,
+    FsMount,
+    FsOpen,
+    Mkdir,
+    MountAttribute,
+    MountPlan,
+    MountSetattr,
+    MoveMount,
+    Open,
+    OpenTree,
+    Operation,
+    Parameter,
+    Rmdir,
+    RunIds,
+    Setns,
+    Slot,
+    Text,
+    Unmount,
+    UnmountFlag,
+    Utimes,
+)
+from flatmount.strategies.spec import Attach, HostFacts, Ids, RootfsSpec, Upper
+
+# Flattening must never meet a redirect, and an upper must not depend on file handles of its lowers.
+OVERLAY_OPTIONS = ("redirect_dir", "metacopy", "index")
+UPPER_PATH: Text = (Parameter.UPPERS, "/", Parameter.UPPER)
+TARGET: Text = (Parameter.TARGET,)
+
+_CONTEXT = Slot("overlay")
+_TREE = Slot("tree")
+
+
+def below(path: Text, name: str) -> Text:
+    """`path` with `name` put behind it."""
+    return (*((path,) if isinstance(path, str) else path), name)
+
+
+def directories(spec: RootfsSpec, ids: Ids) -> Iterator[Operation]:
+    """The container's own directories: upper and work, and the target where the plan is to make it."""
+    if spec.upper is not Upper.NONE and spec.fresh_upper:
+        top = below(UPPER_PATH, "/fs")
+        yield Mkdir(UPPER_PATH)
+        yield Mkdir(top, spec.root.mode)
+        if ids is Ids.HOST:
+            yield Chown(top, RunIds.ROOT)
+        elif (spec.root.uid, spec.root.gid) != (0, 0):
+            yield Chown(top, (spec.root.uid, spec.root.gid))
+        yield Mkdir(below(UPPER_PATH, "/work"))
+        if spec.root.mtime_ns is not None:
+            yield Utimes(top, spec.root.mtime_ns)
+    if spec.make_target and spec.attach is Attach.HOST:
+        yield Mkdir(TARGET)
+
+
+def upper_ids(spec: RootfsSpec, facts: HostFacts) -> Ids:
+    """In whose ids an upper is kept by the strategies with a pinned parent: the container's, where that can be."""
+    return Ids.CONTAINER if spec.upper is Upper.STORE and facts.idmapped_upper else Ids.HOST
+
+
+def pinned_overlay(spec: RootfsSpec, facts: HostFacts, lowers: Iterable[FsConfigString]) -> MountPlan:
+    """An overlay whose lowers are relative strings from the pinned id-mapped parent, attached once or not at all.
+
+    Upper and work go through a detached clone as well: by host path, each costs a look at every mount beside them.
+    Without detached layers (before Linux 6.15) the parents are attached in a helper namespace, and the overlay is made
+    in there: overlayfs takes only layers of the caller's own namespace.
+    """
+    ids = upper_ids(spec, facts)
+    operations: list[Operation] = list(directories(spec, ids))
+    if ids is Ids.CONTAINER:
+        operations.append(AssumeIds())
+    if not facts.detached_layers:
+        operations.append(Setns(HELPER))
+    operations += (
+        FsOpen(_CONTEXT, "overlay"),
+        FsConfigString(_CONTEXT, "source", "overlay"),
+        Fchdir(LAYERS),
+        *lowers,
+    )
+    if spec.upper is not Upper.NONE:
+        base: Text = ("uppers/", Parameter.UPPER) if ids is Ids.CONTAINER else (Parameter.UPPER,)
+        if ids is Ids.HOST:
+            operations.append(Fchdir(UPPERS))
+        operations.append(FsConfigString(_CONTEXT, "upperdir", below(base, "/fs")))
+        operations.append(FsConfigString(_CONTEXT, "workdir", below(base, "/work")))
+    operations += (FsConfigString(_CONTEXT, option, "off") for option in OVERLAY_OPTIONS)
+    attributes = MountAttribute.RDONLY if spec.upper is Upper.NONE else MountAttribute.NONE
+    operations += (FsConfigCreate(_CONTEXT), FsMount(ROOT, _CONTEXT, attributes))
+    if not facts.detached_layers:
+        operations.append(Setns(HOME))
+    return finished(spec, operations)
+
+
+def lower(key: str, path: str) -> FsConfigString:
+    """One lower of a pinned overlay."""
+    return FsConfigString(_CONTEXT, key, path)
+
+
+def read_only_clone(spec: RootfsSpec, tree: str) -> MountPlan:
+    """One tree as a read-only root: an id-mapped clone of it and no overlay, which refuses a single lower alone."""
+    operations: list[Operation] = list(directories(spec, Ids.HOST))
+    operations += (
+        OpenTree(ROOT, (Parameter.DATA, "/" + tree)),
+        MountSetattr(ROOT, MountAttribute.RDONLY, USER_NAMESPACE),
+    )
+    return finished(spec, operations)
+
+
+def finished(spec: RootfsSpec, operations: list[Operation]) -> MountPlan:
+    """The plan with the root file system attached, or handed to the caller."""
+    if spec.attach is Attach.NONE:
+        return MountPlan(tuple(operations), outputs=(ROOT,))
+    return MountPlan((*operations, MoveMount(ROOT, TARGET)))
+
+
+def pin(path: Text, facts: HostFacts, *, id_mapped: bool) -> MountPlan:
+    """Clone a directory's mount for as long as a descriptor of it is open; one output.
+
+    Made once for a user range (`id_mapped`) or for the process, and shared by all containers of it. Never attached to
+    the host: detached, or, where overlayfs takes no detached layers, attached in a helper namespace.
+    """
+    operations: list[Operation] = [OpenTree(_TREE, path)]
+    if id_mapped:
+        operations.append(MountSetattr(_TREE, userns=USER_NAMESPACE))
+    if facts.detached_layers:
+        return MountPlan(tuple(operations), outputs=(_TREE,))
+    place: Text = (Parameter.RANGE,)
+    pinned = Slot("pinned")
+    operations += (Setns(HELPER), Mkdir(place), MoveMount(_TREE, place), Open(pinned, place), Setns(HOME))
+    return MountPlan(tuple(operations), outputs=(pinned,))
+
+
+def unpin() -> MountPlan:
+    """Take a pinned parent out of the helper namespace again."""
+    place: Text = (Parameter.RANGE,)
+    return MountPlan((Setns(HELPER), Unmount(place, UnmountFlag.DETACH), Rmdir(place), Setns(HOME)), keep_going=True)

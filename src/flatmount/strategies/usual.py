@@ -1,0 +1,87 @@
+"""What the usual code does, shared by `per-layer` and `common-parent`: two passes of one overlay over lowers that were
+id-mapped and attached for the moment, by `mount(2)` and its one page of options.
+
+The first pass reads the image's user database through a temporary read-only overlay; the second makes the root file
+system. Order of calls and flags are containerd's (core/mount/mount_linux.go, mount_idmapped_linux.go and temp.go). One
+thing is less: its first pass id-maps the container's fresh, empty upper as one more lower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from flatmount.errors import UsageError
+from flatmount.plan.operations import (
+    USER_NAMESPACE,
+    Chdir,
+    Close,
+    Mkdir,
+    Mount,
+    MountAttribute,
+    MountFlag,
+    MountPlan,
+    MountSetattr,
+    MoveMount,
+    OpenTree,
+    Operation,
+    Parameter,
+    ReadFile,
+    Rmdir,
+    Slot,
+    Text,
+    Unmount,
+)
+from flatmount.strategies.parts import OVERLAY_OPTIONS, TARGET, UPPER_PATH, below, directories
+from flatmount.strategies.spec import Attach, Ids, RootfsSpec, Upper
+
+_PAGE = 4096
+_COMPACT_FROM = _PAGE - 512  # from here on containerd changes into the lowers' directory and names them relatively
+_USER_DATABASE = ("/etc/passwd", "/etc/group")
+
+# Given the place for temporary mount points: operations before, names of the lowers there, operations after.
+IdMapping = Callable[[Text], tuple[Sequence[Operation], Sequence[str], Sequence[Operation]]]
+
+
+def id_mapped_attach(source: Text, target: Text) -> tuple[Operation, ...]:
+    """Attach an id-mapped read-only clone of `source` at `target`."""
+    tree = Slot("tree")
+    return (
+        OpenTree(tree, source),
+        MountSetattr(tree, MountAttribute.RDONLY, USER_NAMESPACE),
+        MoveMount(tree, target),
+        Close(tree),
+    )
+
+
+def two_passes(spec: RootfsSpec, id_mapping: IdMapping, strategy: str) -> MountPlan:
+    """The whole plan of one container, as the usual code makes it."""
+    if spec.attach is not Attach.HOST:
+        raise UsageError(f"strategy {strategy} can only attach to a directory", hint="use detached or flat with it")
+    look: Text = (Parameter.SCRATCH, "-look")
+    return MountPlan(
+        (
+            *directories(spec, Ids.HOST),
+            Mkdir(look),
+            *_pass(spec, id_mapping, (Parameter.SCRATCH, "-1"), look, writable=False),
+            *(ReadFile(below(look, name)) for name in _USER_DATABASE),
+            Unmount(look),
+            Unmount(look, expect_gone=True),
+            Rmdir(look),
+            *_pass(spec, id_mapping, (Parameter.SCRATCH, "-2"), TARGET, writable=spec.upper is not Upper.NONE),
+        )
+    )
+
+
+def _pass(
+    spec: RootfsSpec, id_mapping: IdMapping, place: Text, target: Text, *, writable: bool
+) -> tuple[Operation, ...]:
+    before, lowers, after = id_mapping(place)
+    upper: Text = (",workdir=", *UPPER_PATH, "/work,upperdir=", *UPPER_PATH, "/fs") if writable else ()
+    options = "".join(f",{option}=off" for option in OVERLAY_OPTIONS)
+    full = sum(spec.scratch_bytes + len(name) + 2 for name in lowers) + len(options) + 2 * spec.scratch_bytes
+    compact = full >= _COMPACT_FROM
+    listed: list[str | Parameter] = ["lowerdir="]
+    for i, name in enumerate(lowers):
+        listed += (":" if i else "", name) if compact else (":" if i else "", *place, "/", name)
+    overlay = Mount("overlay", target, "overlay", MountFlag.NONE, (*listed, *upper, options))
+    return (*before, *((Chdir(place),) if compact else ()), overlay, *after)
