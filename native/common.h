@@ -9,7 +9,7 @@
 
 /* Each file adds its functions through one table; module.c joins them. */
 extern PyMethodDef fm_program_methods[];
-extern PyMethodDef fm_userns_methods[];
+extern PyMethodDef fm_namespaces_methods[];
 extern PyMethodDef fm_mounts_methods[];
 extern PyMethodDef fm_tree_methods[];
 extern PyMethodDef fm_start_methods[];

@@ -22,8 +22,9 @@ class Program:
         """Run all operations with the interpreter's lock released.
 
         `lent` descriptors stay the caller's. `ids` are fsuid, fsgid, uid and gid of the host.
-        Returns operations done, mount operations done, the place of the first failure, its errno (0: none), the kernel's
-        own message, the output descriptors (the caller's now) and nanoseconds for each operation as native uint32.
+        Returns operations done, mount operations done, the place of the first failure, its errno (0: none), the
+        kernel's own message, the output descriptors (the caller's now) and nanoseconds for each operation as native
+        uint32.
         """
 
 def adopt_thread() -> None:
@@ -34,6 +35,15 @@ def adopt_thread() -> None:
 
 def unshare_mounts() -> None:
     """Move the calling thread into a copy of its mount namespace. Needs CAP_SYS_ADMIN."""
+
+def empty_mount_namespace() -> int:
+    """Make a mount namespace that holds one empty tmpfs and nothing else, and return a descriptor of it.
+
+    It lives as long as a descriptor of it is open. Needs CAP_SYS_ADMIN. Raises OSError.
+    """
+
+def try_open_tree_attr() -> int:
+    """The errno of an `open_tree_attr` on no descriptor: ENOSYS where the kernel lacks the call (before 6.15)."""
 
 def user_namespace(uid_map: bytes, gid_map: bytes) -> int:
     """Make a user namespace with these maps (the text of /proc/PID/uid_map) and return a descriptor of it.
@@ -53,3 +63,21 @@ def check_start(
     Returns the step that failed ("" when none did), its errno, owner uid and gid of the file read, owner uid of the
     file written (all as seen inside), and what was read.
     """
+
+# mounts.c. A namespace is named by its 64-bit id; 0 is the calling thread's.
+
+# unique id, parent's, id, parent's; attributes, propagation, peer group, master; major, minor;
+# root, mount point, type, subtype, source, options.
+StatmountRecord = tuple[
+    int, int, int, int, int, int, int, int, int, int, bytes, bytes, bytes, bytes, bytes, bytes
+]  # fmt: skip
+
+def count_mounts(namespace_id: int, /) -> int: ...
+def list_mounts(namespace_id: int, /) -> list[int]: ...
+def stat_mounts(namespace_id: int, /) -> list[StatmountRecord]: ...
+def statmount_fields() -> int: ...
+def mount_namespace_id(namespace_fd: int, /) -> int: ...
+def open_mount_events(namespace_fd: int, /) -> int: ...
+def drain_mount_events(queue_fd: int, /) -> tuple[int, int]: ...
+def follow_mountinfo(mountinfo_fd: int, stop_fd: int, /) -> tuple[int, int, int]: ...
+def die_with_parent(parent_pid: int, /) -> None: ...

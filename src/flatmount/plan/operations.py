@@ -18,7 +18,7 @@ class Parameter(Enum):
 
     TARGET = "TARGET"  # where the root file system is attached; absolute, its last component not a symbolic link
     UPPERS = "UPPERS"  # the directory that holds the uppers of all containers; absolute
-    UPPER = "UPPER"  # the name of this container's own directory there; it holds `fs` and `work`
+    UPPER = "UPPER"  # the container's name, and that of its own directory there, which holds `fs` and `work`
     SCRATCH = "SCRATCH"  # a path nobody else uses, beginning of the names of temporary mount points
     DATA = "DATA"  # the store's data directory, the parent of all layers
     RANGE = "RANGE"  # where a range's parent is attached, in a helper namespace

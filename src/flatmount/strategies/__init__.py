@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flatmount.errors import MissingFeature, UsageError
+from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import MountPlan
 from flatmount.strategies import chown, common_parent, detached, flat, per_layer
 from flatmount.strategies.parts import pin, unpin, upper_ids
-from flatmount.strategies.spec import MOST_LOWERS, Attach, HostFacts, Ids, RootDirectory, RootfsSpec, Upper
+from flatmount.strategies.spec import MOST_LOWERS, Attach, Ids, RootDirectory, RootfsSpec, Upper
 
 Strategy = Callable[[RootfsSpec, HostFacts], MountPlan]
 

@@ -4,6 +4,7 @@ and range; only where somebody asks for it by name. Mount operations: 1."""
 from __future__ import annotations
 
 from flatmount.errors import UsageError
+from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import (
     ROOT,
     FsConfigCreate,
@@ -18,8 +19,8 @@ from flatmount.plan.operations import (
     Parameter,
     Slot,
 )
-from flatmount.strategies.parts import OVERLAY_OPTIONS, UPPER_PATH, below, directories, finished
-from flatmount.strategies.spec import HostFacts, Ids, RootfsSpec, Upper
+from flatmount.strategies.parts import OVERLAY_OPTIONS, SOURCE, UPPER_PATH, below, directories, finished
+from flatmount.strategies.spec import Ids, RootfsSpec, Upper
 
 NAME = "chown"
 
@@ -36,7 +37,7 @@ def build(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
     context = Slot("overlay")
     operations += (
         FsOpen(context, "overlay"),
-        FsConfigString(context, "source", "overlay"),
+        FsConfigString(context, "source", SOURCE),
         FsConfigString(context, "lowerdir", copy),
         FsConfigString(context, "upperdir", below(UPPER_PATH, "/fs")),
         FsConfigString(context, "workdir", below(UPPER_PATH, "/work")),

@@ -6,8 +6,9 @@ from __future__ import annotations
 import os.path
 from collections.abc import Sequence
 
+from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import Mkdir, MountPlan, Operation, Parameter, Rmdir, Text, Unmount
-from flatmount.strategies.spec import HostFacts, RootfsSpec, lowers_of, require_idmapped_layers
+from flatmount.strategies.spec import RootfsSpec, lowers_of, require_idmapped_layers
 from flatmount.strategies.usual import id_mapped_attach, two_passes
 
 NAME = "common-parent"

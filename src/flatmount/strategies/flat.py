@@ -4,9 +4,10 @@ Mount operations: 1. Linux 6.15, or 5.19 with the parent attached in a helper na
 from __future__ import annotations
 
 from flatmount.errors import UsageError
+from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import MountPlan
 from flatmount.strategies.parts import lower, pinned_overlay, read_only_clone
-from flatmount.strategies.spec import HostFacts, RootfsSpec, Upper, require_idmapped_layers
+from flatmount.strategies.spec import RootfsSpec, Upper, require_idmapped_layers
 
 NAME = "flat"
 

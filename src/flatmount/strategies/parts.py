@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import (
     HELPER,
     HOME,
@@ -36,12 +37,13 @@ from flatmount.plan.operations import (
     UnmountFlag,
     Utimes,
 )
-from flatmount.strategies.spec import Attach, HostFacts, Ids, RootfsSpec, Upper
+from flatmount.strategies.spec import Attach, Ids, RootfsSpec, Upper
 
 # Flattening must never meet a redirect, and an upper must not depend on file handles of its lowers.
 OVERLAY_OPTIONS = ("redirect_dir", "metacopy", "index")
 UPPER_PATH: Text = (Parameter.UPPERS, "/", Parameter.UPPER)
 TARGET: Text = (Parameter.TARGET,)
+SOURCE: Text = ("flatmount-", Parameter.UPPER)  # tells whose it is in the mount table
 
 _CONTEXT = Slot("overlay")
 _TREE = Slot("tree")
@@ -89,7 +91,7 @@ def pinned_overlay(spec: RootfsSpec, facts: HostFacts, lowers: Iterable[FsConfig
         operations.append(Setns(HELPER))
     operations += (
         FsOpen(_CONTEXT, "overlay"),
-        FsConfigString(_CONTEXT, "source", "overlay"),
+        FsConfigString(_CONTEXT, "source", SOURCE),
         Fchdir(LAYERS),
         *lowers,
     )

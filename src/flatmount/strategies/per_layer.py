@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import Mkdir, MountPlan, Operation, Parameter, Rmdir, Text, Unmount
 from flatmount.strategies.parts import below
-from flatmount.strategies.spec import HostFacts, RootfsSpec, lowers_of, require_idmapped_layers
+from flatmount.strategies.spec import RootfsSpec, lowers_of, require_idmapped_layers
 from flatmount.strategies.usual import id_mapped_attach, two_passes
 
 NAME = "per-layer"

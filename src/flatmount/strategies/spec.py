@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from flatmount.errors import MissingFeature, TooManyLayers, UsageError
+from flatmount.plan.facts import HostFacts
 
 MOST_LOWERS = 500  # OVL_MAX_STACK in fs/overlayfs/params.h
 
@@ -60,21 +61,6 @@ class RootfsSpec:
     attach: Attach = Attach.HOST
     make_target: bool = False
     scratch_bytes: int = 48
-
-
-@dataclass(frozen=True, slots=True)
-class HostFacts:
-    """What the probes found on this host for this store. See flatmount.kernel.probes."""
-
-    idmapped_mounts: bool = False
-    idmapped_layers: bool = False
-    idmapped_upper: bool = False
-    lowerdir_append: bool = False
-    layer_descriptors: bool = False
-    detached_layers: bool = False
-    open_tree_attr: bool = False
-    statmount: bool = False
-    mount_events: bool = False
 
 
 def require_idmapped_layers(facts: HostFacts, strategy: str) -> None:

@@ -1,0 +1,155 @@
+/* Namespaces: made without forking the interpreter. */
+#include "common.h"
+#include "task.h"
+
+#include <errno.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/prctl.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Only lives to hold its user namespace until a descriptor of it is open. */
+static int hold_namespace(void *argument)
+{
+	pid_t parent = *(pid_t *)argument;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		return 1;
+	for (;;)
+		pause();
+}
+
+static int write_map(pid_t pid, const char *file, const char *map, size_t bytes)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%d/%s", pid, file);
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	if (fd < 0)
+		return -1;
+	ssize_t written = write(fd, map, bytes);
+	int error = errno;
+	close(fd);
+	errno = error;
+	return written == (ssize_t)bytes ? 0 : -1;
+}
+
+static int open_namespace(pid_t pid, const char *kind)
+{
+	char path[64];
+
+	snprintf(path, sizeof(path), "/proc/%d/ns/%s", pid, kind);
+	return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+static PyObject *user_namespace(PyObject *module, PyObject *arguments)
+{
+	const char *uids, *gids;
+	Py_ssize_t uid_bytes, gid_bytes;
+	int fd = -1, error = 0;
+
+	if (!PyArg_ParseTuple(arguments, "y#y#:user_namespace", &uids, &uid_bytes, &gids, &gid_bytes))
+		return NULL;
+
+	Py_BEGIN_ALLOW_THREADS
+	struct fm_task task;
+	pid_t parent = getpid();
+	if (fm_task_start(&task, CLONE_NEWUSER, hold_namespace, &parent) < 0) {
+		error = errno;
+	} else {
+		if (write_map(task.pid, "uid_map", uids, (size_t)uid_bytes) < 0 ||
+		    write_map(task.pid, "gid_map", gids, (size_t)gid_bytes) < 0 ||
+		    (fd = open_namespace(task.pid, "user")) < 0)
+			error = errno;
+		fm_task_end(&task, 1);
+	}
+	Py_END_ALLOW_THREADS
+
+	if (fd >= 0)
+		return PyLong_FromLong(fd);
+	errno = error;
+	return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+struct emptying {
+	pid_t parent;
+	int ready, error;
+};
+
+static int empty_and_hold(void *argument)
+{
+	struct emptying *e = argument;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	/* /proc is a directory that every host has; only this copy of the table sees what is mounted on it. */
+	if (getppid() != e->parent || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
+	    mount("flatmount", "/proc", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700,size=1m") < 0 ||
+	    chdir("/proc") < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0)
+		__atomic_store_n(&e->error, errno ? errno : ESRCH, __ATOMIC_RELEASE);
+	__atomic_store_n(&e->ready, 1, __ATOMIC_RELEASE);
+	syscall(SYS_futex, &e->ready, FUTEX_WAKE, 1, NULL, NULL, 0);
+	for (;;)
+		pause();
+}
+
+static PyObject *empty_mount_namespace(PyObject *module, PyObject *unused)
+{
+	int fd = -1, error = 0;
+
+	Py_BEGIN_ALLOW_THREADS
+	struct emptying e = {.parent = getpid()};
+	struct fm_task task;
+	if (fm_task_start(&task, CLONE_NEWNS, empty_and_hold, &e) < 0) {
+		error = errno;
+	} else {
+		struct timespec limit = {.tv_sec = 10};
+		if (!__atomic_load_n(&e.ready, __ATOMIC_ACQUIRE))
+			syscall(SYS_futex, &e.ready, FUTEX_WAIT, 0, &limit, NULL, 0);
+		if (!__atomic_load_n(&e.ready, __ATOMIC_ACQUIRE))
+			error = ETIMEDOUT;
+		else
+			error = __atomic_load_n(&e.error, __ATOMIC_ACQUIRE);
+		if (!error && (fd = open_namespace(task.pid, "mnt")) < 0)
+			error = errno;
+		fm_task_end(&task, 1);
+	}
+	Py_END_ALLOW_THREADS
+
+	if (fd >= 0)
+		return PyLong_FromLong(fd);
+	errno = error;
+	return PyErr_SetFromErrno(PyExc_OSError);
+}
+
+static PyObject *try_open_tree_attr(PyObject *module, PyObject *unused)
+{
+	struct fm_mount_attr attr = {0};
+	long result = syscall(SYS_open_tree_attr, -1, "", FM_AT_EMPTY_PATH, &attr, sizeof(attr));
+
+	return PyLong_FromLong(result < 0 ? errno : 0);
+}
+
+static PyObject *unshare_mounts(PyObject *module, PyObject *unused)
+{
+	int result;
+
+	Py_BEGIN_ALLOW_THREADS
+	result = unshare(CLONE_NEWNS);
+	Py_END_ALLOW_THREADS
+	if (result < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	Py_RETURN_NONE;
+}
+
+PyMethodDef fm_namespaces_methods[] = {
+	{"user_namespace", user_namespace, METH_VARARGS, "user_namespace(uid_map, gid_map) -> descriptor"},
+	{"empty_mount_namespace", empty_mount_namespace, METH_NOARGS, "empty_mount_namespace() -> descriptor"},
+	{"try_open_tree_attr", try_open_tree_attr, METH_NOARGS, "try_open_tree_attr() -> errno"},
+	{"unshare_mounts", unshare_mounts, METH_NOARGS, "Move this thread into a copy of its mount namespace."},
+	{NULL, NULL, 0, NULL},
+};

@@ -1,0 +1,80 @@
+"""User namespaces by mapping, and mount namespaces of our own."""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from weakref import WeakValueDictionary
+
+from flatmount.kernel import _native
+from flatmount.kernel.executor import run_once
+from flatmount.plan.mapping import IdRange, Mapping
+from flatmount.plan.operations import Mount, MountFlag, MountPlan
+
+
+class Namespace:
+    """A namespace that lives as long as this object: its descriptor is closed when the object is dropped."""
+
+    __slots__ = ("__weakref__", "_close", "_fd")
+
+    def __init__(self, fd: int) -> None:
+        """Take over `fd`."""
+        self._fd = fd
+        self._close = weakref.finalize(self, os.close, fd)
+
+    def fileno(self) -> int:
+        """The descriptor; it stays this object's."""
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor now instead of when the object is dropped."""
+        self._close()
+
+
+_user_namespaces: WeakValueDictionary[Mapping, Namespace] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def user_namespace(mapping: Mapping) -> Namespace:
+    """The user namespace of a mapping: made once, shared by all who ask while anybody holds it.
+
+    Making one takes about 0.13 ms and forks nothing; writing its maps needs CAP_SETUID and CAP_SETGID.
+    Raises: OSError (ENOSPC at user.max_user_namespaces, EPERM without the capabilities).
+    Kernel: 3.8; more than five ranges 4.15. See: user_namespaces(7).
+    """
+    with _lock:
+        known = _user_namespaces.get(mapping)
+    if known is not None:
+        return known
+    made = Namespace(_native.user_namespace(_map_text(mapping.uids), _map_text(mapping.gids)))
+    with _lock:
+        return _user_namespaces.setdefault(mapping, made)
+
+
+def _map_text(ranges: tuple[IdRange, ...]) -> bytes:
+    return b"".join(b"%d %d %d\n" % (r.container, r.host, r.size) for r in ranges)
+
+
+def empty_mount_namespace() -> Namespace:
+    """A mount namespace that holds an empty tmpfs and nothing else.
+
+    Needs CAP_SYS_ADMIN; copies the caller's namespace once to make it (1.4-1.9 us for each mount there).
+    Raises: OSError.
+    """
+    return Namespace(_native.empty_mount_namespace())
+
+
+def own_mount_namespace() -> Namespace:
+    """The mount namespace of the calling thread."""
+    return Namespace(os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
+
+
+def enter_private_mounts() -> None:
+    """Move the calling thread into a private copy of its mount namespace, for good.
+
+    Nothing it mounts is seen outside, and nothing mounted outside from now on is seen by it. Threads it starts later
+    are in there too. Needs CAP_SYS_ADMIN. Raises: OSError, OperationFailed.
+    """
+    _native.unshare_mounts()
+    run_once(MountPlan((Mount("none", "/", None, MountFlag.REC | MountFlag.PRIVATE),)))

@@ -1,0 +1,198 @@
+"""What this host can do: each feature is tried, in a mount namespace that is thrown away.
+
+Version numbers say little (distributions carry fixes back, security modules and seccomp filters take calls away), and
+id-mapped mounts depend on the store's file system as well.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flatmount.errors import FlatmountError
+from flatmount.kernel import _native
+from flatmount.kernel.executor import run_once
+from flatmount.kernel.mounts import MountEvents, TableSource, table_source
+from flatmount.kernel.namespaces import Namespace, enter_private_mounts, user_namespace
+from flatmount.kernel.process import owned_name, owner_is_gone
+from flatmount.kernel.tree import remove_tree
+from flatmount.plan.facts import HostFacts
+from flatmount.plan.mapping import Mapping
+from flatmount.plan.operations import (
+    LAYERS,
+    USER_NAMESPACE,
+    AssumeIds,
+    Fchdir,
+    FsConfigCreate,
+    FsConfigFd,
+    FsConfigString,
+    FsOpen,
+    MountPlan,
+    MountSetattr,
+    MoveMount,
+    Open,
+    OpenTree,
+    Operation,
+    Slot,
+)
+
+_PREFIX = "probe"
+_MAPPING = Mapping.single(100000)
+_IDS = (100000, 100000, 100000, 100000)
+_CONTEXT = Slot("overlay")
+_TREE = Slot("tree")
+_ATTACHED = Slot("attached")
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One probe's answer. `said` is the kernel's word where it refused; `since` is the first version that has it."""
+
+    name: str
+    title: str
+    since: str
+    available: bool
+    said: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """All answers for one directory's file system."""
+
+    directory: str
+    features: tuple[Feature, ...]
+
+    @property
+    def facts(self) -> HostFacts:
+        """The answers as what strategies take."""
+        return HostFacts(**{feature.name: feature.available for feature in self.features})
+
+
+# name (a field of HostFacts), title, first kernel version
+_FEATURES = (
+    ("idmapped_mounts", "id-mapped mounts on this file system", "5.12"),
+    ("idmapped_layers", "overlayfs over id-mapped layers", "5.19"),
+    ("idmapped_upper", "an id-mapped upper, kept in the container's ids", "5.19"),
+    ("lowerdir_append", "layers one by one (lowerdir+)", "6.7"),
+    ("layer_descriptors", "layers as descriptors", "6.13"),
+    ("detached_layers", "detached layers", "6.15"),
+    ("open_tree_attr", "open_tree_attr", "6.15"),
+    ("statmount", "listmount and statmount", "6.8"),
+    ("mount_events", "mount events by fanotify", "6.15"),
+)
+
+
+def probe(directory: str) -> Probes:
+    """Try every feature for the file system that holds `directory`.
+
+    Takes some milliseconds: a copy of the mount namespace, a user namespace and a few mounts, all gone when it returns,
+    and a small directory below `directory`, removed again. Needs CAP_SYS_ADMIN and write access there; what cannot be
+    tried counts as absent, with the kernel's word.
+    """
+    return _in_thread(lambda: _probe_here(directory))
+
+
+def _in_thread(work: Callable[[], Probes]) -> Probes:
+    """On a thread of its own: it leaves the host's mount namespace and takes its copy along when it ends."""
+    answers: list[Probes] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="probe")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return answers[0]
+
+
+def _probe_here(directory: str) -> Probes:
+    answers: dict[str, str] = {}
+    try:
+        enter_private_mounts()
+        namespace = user_namespace(_MAPPING)
+    except (OSError, FlatmountError) as error:
+        refusal = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+        answers = {name: f"not tried: {refusal}" for name, _, _ in _FEATURES[:6]}
+    else:
+        with _scratch(directory) as scratch:
+            for name, attempt in _attempts(scratch, namespace).items():
+                answers[name] = _refusal(attempt)
+    answers["open_tree_attr"] = "no such call" if _native.try_open_tree_attr() == errno.ENOSYS else ""
+    answers["statmount"] = "" if table_source() is TableSource.STATMOUNT else "no such call"
+    answers["mount_events"] = _refusal(lambda: MountEvents().close())
+    return Probes(
+        directory,
+        tuple(Feature(name, title, since, not answers[name], answers[name]) for name, title, since in _FEATURES),
+    )
+
+
+def _refusal(attempt: Callable[[], object]) -> str:
+    """What was said against it, "" where it works."""
+    try:
+        attempt()
+    except FlatmountError as refusal:
+        return str(refusal).rpartition(", operation")[0] or str(refusal)
+    return ""
+
+
+@contextmanager
+def _scratch(directory: str) -> Iterator[str]:
+    """A directory with two lowers, an upper and a work directory; those that killed probes left are taken along."""
+    parent = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    name = owned_name(f"{_PREFIX}-{threading.get_native_id()}")
+    try:
+        for stale in os.listdir(parent):
+            if stale.startswith(f"{_PREFIX}-") and owner_is_gone(stale):
+                remove_tree(parent, stale)
+        os.mkdir(name, 0o700, dir_fd=parent)
+        path = os.path.join(directory, name)
+        for part in ("a", "b", "point", "uppers", "uppers/fs", "uppers/work"):
+            os.mkdir(os.path.join(path, part), 0o755)
+        yield path
+    finally:
+        remove_tree(parent, name)
+        os.close(parent)
+
+
+def _attempts(scratch: str, namespace: Namespace) -> dict[str, Callable[[], object]]:
+    lent = {USER_NAMESPACE: namespace.fileno()}
+    clone: tuple[Operation, ...] = (OpenTree(_TREE, scratch), MountSetattr(_TREE, userns=USER_NAMESPACE))
+    point = f"{scratch}/point"
+    attach = (*clone, MoveMount(_TREE, point), Open(_ATTACHED, point), Fchdir(_ATTACHED))
+    context = FsOpen(_CONTEXT, "overlay")
+
+    def overlay(**options: str) -> tuple[Operation, ...]:
+        strings = (FsConfigString(_CONTEXT, key, value) for key, value in options.items())
+        return (context, *strings, FsConfigCreate(_CONTEXT))
+
+    def run(*operations: Operation) -> Callable[[], object]:
+        return lambda: run_once(MountPlan(operations), lent, ids=_IDS)
+
+    def detached_layers() -> None:
+        pinned = run_once(MountPlan(clone, outputs=(_TREE,)), lent).outputs[0]
+        try:
+            run_once(MountPlan((Fchdir(LAYERS), *overlay(lowerdir="a:b"))), {LAYERS: pinned})
+        finally:
+            os.close(pinned)
+
+    lower = Slot("lower")
+    return {
+        "idmapped_mounts": run(*clone),
+        "idmapped_layers": run(*attach, *overlay(lowerdir="a:b")),
+        "idmapped_upper": run(
+            *attach, AssumeIds(), *overlay(lowerdir="a", upperdir="uppers/fs", workdir="uppers/work")
+        ),
+        "lowerdir_append": run(context, FsConfigString(_CONTEXT, "lowerdir+", f"{scratch}/a")),
+        "layer_descriptors": run(context, Open(lower, f"{scratch}/a"), FsConfigFd(_CONTEXT, "lowerdir+", lower)),
+        "detached_layers": detached_layers,
+    }

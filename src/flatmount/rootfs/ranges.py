@@ -1,0 +1,145 @@
+"""What all containers of one user range share: its user namespace, and the id-mapped parent of the store's layers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from flatmount.kernel.executor import Executable
+from flatmount.kernel.namespaces import Namespace, empty_mount_namespace, own_mount_namespace, user_namespace
+from flatmount.plan.facts import HostFacts
+from flatmount.plan.mapping import Mapping
+from flatmount.plan.operations import HELPER, HOME, USER_NAMESPACE, Parameter, Slot, Text
+from flatmount.strategies import pin, unpin
+
+# Each detached parent counts against user.max_mnt_namespaces, whose default is a quarter of the thread limit.
+DEFAULT_CAPACITY = 4096
+
+
+class Pin:
+    """A clone of a directory's mount that lives as long as this object. `mount_operations` are those in our helper."""
+
+    __slots__ = ("__weakref__", "_release", "fd", "mount_operations")
+
+    def __init__(self, home: Home, executable: Executable, lent: dict[Slot, int], path: str) -> None:
+        place = f"/{next(home.numbers)}"
+        parameters = {Parameter.DATA: path, Parameter.RANGE: place}
+        outcome = executable.run({**home.lent, **lent}, parameters)
+        self.fd = outcome.outputs[0]
+        self.mount_operations = outcome.mount_operations
+        self._release = weakref.finalize(self, _let_go, self.fd, home, place if outcome.mount_operations else None)
+
+    def close(self) -> None:
+        """Let go now instead of when the object is dropped; an overlay made over it keeps its own clone."""
+        self._release()
+
+
+class Home:
+    """The namespaces of a pool: where root file systems go, and where parents are kept that cannot stay detached."""
+
+    def __init__(self, facts: HostFacts) -> None:
+        self.numbers = itertools.count(1)
+        self.lent: dict[Slot, int] = {}
+        self._namespaces: list[Namespace] = []
+        if not facts.detached_layers:
+            for slot, namespace in ((HELPER, empty_mount_namespace()), (HOME, own_mount_namespace())):
+                self._namespaces.append(namespace)
+                self.lent[slot] = namespace.fileno()
+
+
+def _let_go(fd: int, home: Home, place: str | None) -> None:
+    os.close(fd)
+    if place is not None:
+        Executable(unpin()).run(home.lent, {Parameter.RANGE: place})
+
+
+class Range:
+    """One user range: its namespace, and on first need the pinned id-mapped parent. Dropped when nobody holds it."""
+
+    __slots__ = ("_lock", "_pin", "_pool", "mapping", "namespace")
+
+    def __init__(self, mapping: Mapping, pool: RangePool) -> None:
+        self.mapping = mapping
+        self.namespace = user_namespace(mapping)
+        self._pool = pool
+        self._pin: Pin | None = None
+        self._lock = threading.Lock()
+
+    def layers(self) -> int:
+        """The pinned id-mapped parent of all layers; the descriptor stays the range's."""
+        if self._pin is None:
+            with self._lock:
+                if self._pin is None:
+                    self._pin = self._pool.pin_layers(self.namespace)
+        return self._pin.fd
+
+
+class RangePool:
+    """Ranges of one store, kept for as long as the pool lives and shared by their containers.
+
+    Makes no mount in the host's table: parents are detached, or attached in a helper namespace of our own. At most
+    `capacity` ranges are kept; those used last stay. A range that a live root file system uses lives as long as that.
+    Safe to use from any number of threads; mounts go to the namespace of the thread that made the pool.
+    """
+
+    def __init__(self, data: str, facts: HostFacts, *, capacity: int = DEFAULT_CAPACITY) -> None:
+        """Serve the store whose data directory is `data` (absolute)."""
+        self.data = data
+        self.facts = facts
+        self.home = Home(facts)
+        self._capacity = capacity
+        self._kept: OrderedDict[Mapping, Range] = OrderedDict()
+        self._directories: dict[str, Pin] = {}
+        self._lock = threading.Lock()
+        path: Text = (Parameter.DATA,)
+        self._pin_mapped = Executable(pin(path, facts, id_mapped=True))
+        self._pin_plain = Executable(pin(path, facts, id_mapped=False))
+
+    def get(self, mapping: Mapping) -> Range:
+        """The range of a mapping, made on first use.
+
+        Raises: OSError where the user namespace cannot be made; OperationFailed.
+        """
+        with self._lock:
+            known = self._kept.get(mapping)
+            if known is not None:
+                self._kept.move_to_end(mapping)
+                return known
+        made = Range(mapping, self)
+        with self._lock:
+            kept = self._kept.setdefault(mapping, made)
+            dropped = self._kept.popitem(last=False) if len(self._kept) > self._capacity else None
+        # Out of the lock: closing the last descriptor of a detached mount waits for a grace period.
+        del dropped
+        return kept
+
+    def prepare(self, mappings: Iterable[Mapping], *, pinned: bool = True) -> None:
+        """Make ranges ahead for containers to come."""
+        for mapping in mappings:
+            prepared = self.get(mapping)
+            if pinned:
+                prepared.layers()
+
+    def pin_layers(self, namespace: Namespace) -> Pin:
+        """Clone and id-map the parent of all layers, once more."""
+        return Pin(self.home, self._pin_mapped, {USER_NAMESPACE: namespace.fileno()}, self.data)
+
+    def directory(self, path: str) -> int:
+        """A pinned clone of a directory outside the store (uppers); the descriptor stays the pool's."""
+        with self._lock:
+            known = self._directories.get(path)
+            if known is None:
+                known = self._directories[path] = Pin(self.home, self._pin_plain, {}, path)
+            return known.fd
+
+    def close(self) -> None:
+        """Drop every range and pin now. Root file systems that live keep their own."""
+        with self._lock:
+            self._kept.clear()
+            directories, self._directories = self._directories, {}
+        for pinned in directories.values():
+            pinned.close()
