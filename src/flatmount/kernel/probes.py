@@ -38,6 +38,8 @@ from flatmount.plan.operations import (
     OpenTree,
     Operation,
     Slot,
+    Unmount,
+    UnmountFlag,
 )
 
 _PREFIX = "probe"
@@ -169,6 +171,7 @@ def _attempts(scratch: str, namespace: Namespace) -> dict[str, Callable[[], obje
     clone: tuple[Operation, ...] = (OpenTree(_TREE, scratch), MountSetattr(_TREE, userns=USER_NAMESPACE))
     point = f"{scratch}/point"
     attach = (*clone, MoveMount(_TREE, point), Open(_ATTACHED, point), Fchdir(_ATTACHED))
+    detach = Unmount(point, UnmountFlag.DETACH)
     context = FsOpen(_CONTEXT, "overlay")
 
     def overlay(**options: str) -> tuple[Operation, ...]:
@@ -188,9 +191,9 @@ def _attempts(scratch: str, namespace: Namespace) -> dict[str, Callable[[], obje
     lower = Slot("lower")
     return {
         "idmapped_mounts": run(*clone),
-        "idmapped_layers": run(*attach, *overlay(lowerdir="a:b")),
+        "idmapped_layers": run(*attach, *overlay(lowerdir="a:b"), detach),
         "idmapped_upper": run(
-            *attach, AssumeIds(), *overlay(lowerdir="a", upperdir="uppers/fs", workdir="uppers/work")
+            *attach, AssumeIds(), *overlay(lowerdir="a", upperdir="uppers/fs", workdir="uppers/work"), detach
         ),
         "lowerdir_append": run(context, FsConfigString(_CONTEXT, "lowerdir+", f"{scratch}/a")),
         "layer_descriptors": run(context, Open(lower, f"{scratch}/a"), FsConfigFd(_CONTEXT, "lowerdir+", lower)),

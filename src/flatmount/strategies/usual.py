@@ -84,4 +84,6 @@ def _pass(
     for i, name in enumerate(lowers):
         listed += (":" if i else "", name) if compact else (":" if i else "", *place, "/", name)
     overlay = Mount("overlay", target, "overlay", MountFlag.NONE, (*listed, *upper, options))
-    return (*before, *((Chdir(place),) if compact else ()), overlay, *after)
+    # containerd changes directory on a thread that ends with the mount; a task still in there would keep it busy.
+    mounting = (Chdir(place), overlay, Chdir("/")) if compact else (overlay,)
+    return (*before, *mounting, *after)
