@@ -18,13 +18,18 @@ DEFAULT_RUN = "/run/flatmount"
 
 def store_options(parser: argparse.ArgumentParser) -> None:
     """Add `--root` and `--json`, which every verb on a store has."""
+    store_root_option(parser)
+    json_option(parser)
+
+
+def store_root_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--root`."""
     parser.add_argument(
         "--root",
         default=os.environ.get("FLATMOUNT_ROOT", DEFAULT_ROOT),
         metavar="DIR",
         help="the store (default: $FLATMOUNT_ROOT or %(default)s)",
     )
-    json_option(parser)
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field
+from time import perf_counter_ns
 from types import TracebackType
 
 from flatmount.errors import InUse, OperationFailed
@@ -32,6 +33,15 @@ _UNATTACH = Unmount((Parameter.TARGET,), UnmountFlag.NOFOLLOW)
 _PINNING = ("detached", "flat")
 
 
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """Nanoseconds of an assembly: the range (made or found), what the run is given, and the run itself."""
+
+    range_ns: int
+    plan_ns: int
+    execute_ns: int
+
+
 @dataclass(slots=True)
 class Rootfs:
     """One root file system. A context manager: leaving it undoes it, and removes the upper if it is ephemeral.
@@ -44,6 +54,7 @@ class Rootfs:
     target: str | None
     descriptor: int | None
     outcome: Outcome
+    phases: Phases
     range: Range
     ephemeral: bool
     _assembler: Assembler = field(repr=False)
@@ -99,6 +110,11 @@ class Assembler:
         self._undo = Executable(MountPlan(tuple(undoing), keep_going=True))
         self._writes = spec.upper is not Upper.NONE
 
+    @property
+    def needs(self) -> frozenset[Slot]:
+        """The descriptors that its plan is lent."""
+        return self._needs
+
     def assemble(self, mapping: Mapping, name: str, target: str = "") -> Rootfs:
         """Build one root file system.
 
@@ -110,7 +126,10 @@ class Assembler:
         Raises: OperationFailed, with everything undone; MappingError where the image's root has no host id.
         """
         spec = self.spec
+        asked_ns = perf_counter_ns()
         shared = self._pool.get(mapping)
+        lent = self._lend(shared)
+        lent_ns = perf_counter_ns()
         uid = mapping.host_uid(spec.root.uid)
         gid = mapping.host_gid(spec.root.gid)
         ids = (mapping.uids[0].host, mapping.gids[0].host, uid, gid)
@@ -121,17 +140,18 @@ class Assembler:
             Parameter.SCRATCH: self._scratch + name,
             Parameter.DATA: self._pool.data,
         }
+        planned_ns = perf_counter_ns()
         try:
-            outcome = self._executable.run(self._lend(shared), parameters, ids)
+            outcome = self._executable.run(lent, parameters, ids)
         except OperationFailed as failure:
             # overlayfs may have written into the work directory already, so that rmdir could not take it.
             if self._writes and spec.fresh_upper and not _already_there(failure):
                 self._remove_upper(name)
             raise
+        phases = Phases(lent_ns - asked_ns, planned_ns - lent_ns, perf_counter_ns() - planned_ns)
         descriptor = outcome.outputs[0] if outcome.outputs else None
-        return Rootfs(
-            name, mapping, target if descriptor is None else None, descriptor, outcome, shared, self.ephemeral, self
-        )
+        attached = target if descriptor is None else None
+        return Rootfs(name, mapping, attached, descriptor, outcome, phases, shared, self.ephemeral, self)
 
     def _lend(self, shared: Range) -> dict[Slot, int]:
         needs = self._needs

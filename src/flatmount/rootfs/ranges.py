@@ -83,7 +83,8 @@ class RangePool:
 
     Makes no mount in the host's table: parents are detached, or attached in a helper namespace of our own. At most
     `capacity` ranges are kept; those used last stay. A range that a live root file system uses lives as long as that.
-    Safe to use from any number of threads; mounts go to the namespace of the thread that made the pool.
+    `mount_operations` counts those made for ranges so far, in our helper namespace. Safe to use from any number of
+    threads; mounts go to the namespace of the thread that made the pool.
     """
 
     def __init__(self, data: str, facts: HostFacts, *, capacity: int = DEFAULT_CAPACITY) -> None:
@@ -95,6 +96,7 @@ class RangePool:
         self._kept: OrderedDict[Mapping, Range] = OrderedDict()
         self._directories: dict[str, Pin] = {}
         self._lock = threading.Lock()
+        self.mount_operations = 0
         path: Text = (Parameter.DATA,)
         self._pin_mapped = Executable(pin(path, facts, id_mapped=True))
         self._pin_plain = Executable(pin(path, facts, id_mapped=False))
@@ -126,7 +128,16 @@ class RangePool:
 
     def pin_layers(self, namespace: Namespace) -> Pin:
         """Clone and id-map the parent of all layers, once more."""
-        return Pin(self.home, self._pin_mapped, {USER_NAMESPACE: namespace.fileno()}, self.data)
+        made = Pin(self.home, self._pin_mapped, {USER_NAMESPACE: namespace.fileno()}, self.data)
+        with self._lock:
+            self.mount_operations += made.mount_operations
+        return made
+
+    def drop(self, mapping: Mapping) -> None:
+        """Forget a range now; it goes with the last root file system that uses it."""
+        with self._lock:
+            dropped = self._kept.pop(mapping, None)
+        del dropped
 
     def directory(self, path: str) -> int:
         """A pinned clone of a directory outside the store (uppers); the descriptor stays the pool's."""

@@ -1,0 +1,99 @@
+"""A directory to work in whose mounts and leftovers somebody can find if we are killed.
+
+RUN/work/<name>.<pid>-<start time>/       the directory; a tmpfs while it is in use
+RUN/work/<name>.<pid>-<start time>.json   directories elsewhere that go with it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from flatmount.kernel.executor import run_once
+from flatmount.kernel.mounts import read_table
+from flatmount.kernel.process import owned_name, owner_is_gone
+from flatmount.kernel.tree import remove_tree
+from flatmount.plan.operations import Mount, MountFlag, MountPlan, Unmount, UnmountFlag
+
+_RECORD = ".json"
+
+
+def ensure_run_directory(run: str) -> None:
+    """Make the run directory (0711: a runtime in a user namespace walks through it) and its parents."""
+    os.makedirs(run, mode=0o755, exist_ok=True)
+    with suppress(PermissionError):
+        os.chmod(run, 0o711)
+
+
+@contextmanager
+def workplace(run: str, name: str, *, elsewhere: Sequence[str] = ()) -> Iterator[str]:
+    """A fresh directory on a tmpfs of its own, attached in the calling thread's mount namespace; all gone afterwards.
+
+    Args:
+        run: the run directory.
+        name: what it is for, one word.
+        elsewhere: directories on other file systems that go with it; made here, each must not exist.
+    """
+    place = os.path.join(run, "work")
+    ensure_run_directory(run)
+    os.makedirs(place, mode=0o700, exist_ok=True)
+    path = os.path.join(place, owned_name(name))
+    with open(path + _RECORD, "x", encoding="utf-8") as record:
+        json.dump({"elsewhere": list(elsewhere)}, record)
+    try:
+        os.mkdir(path, 0o711)
+        for directory in elsewhere:
+            os.mkdir(directory, 0o711)
+        run_once(MountPlan((Mount("flatmount-work", path, "tmpfs", MountFlag.NONE, "mode=0711"),)))
+        yield path
+    finally:
+        _clear(path)
+
+
+def sweep(run: str) -> tuple[str, ...]:
+    """Remove what killed processes left in their workplaces. Returns the names that were cleared."""
+    place = os.path.join(run, "work")
+    try:
+        names = {name.removesuffix(_RECORD) for name in os.listdir(place)}
+    except (FileNotFoundError, PermissionError):
+        return ()
+    left = tuple(sorted(name for name in names if owner_is_gone(name)))
+    for name in left:
+        _clear(os.path.join(place, name))
+    return left
+
+
+def _clear(path: str) -> None:
+    take_off_below(path)
+    for directory in (*_elsewhere(path), path):
+        parent = os.open(os.path.dirname(directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with suppress(FileNotFoundError):
+                remove_tree(parent, os.path.basename(directory))
+        finally:
+            os.close(parent)
+    with suppress(FileNotFoundError):
+        os.unlink(path + _RECORD)
+
+
+def take_off_below(path: str) -> int:
+    """Detach every mount at or below `path` in the calling thread's namespace, deepest first. Returns how many."""
+    below = [
+        entry.mount_point
+        for entry in read_table()
+        if entry.mount_point == path or entry.mount_point.startswith(path + "/")
+    ]
+    flags = UnmountFlag.DETACH | UnmountFlag.NOFOLLOW
+    run_once(MountPlan(tuple(Unmount(point, flags) for point in reversed(below)), keep_going=True))
+    return len(below)
+
+
+def _elsewhere(path: str) -> list[str]:
+    try:
+        with open(path + _RECORD, encoding="utf-8") as record:
+            return list(json.load(record)["elsewhere"])
+    except (FileNotFoundError, ValueError):
+        # Killed before the record was whole: nothing elsewhere had been made yet.
+        return []
