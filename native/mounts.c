@@ -470,14 +470,11 @@ static int reread(struct following *state, int fd)
 	return 0;
 }
 
-/* Until `stop` has something to read or is hung up. 0, or -1 with errno. */
+/* Until `stop` has something to read or is hung up; poll tells of changes since the open. 0, or -1 with errno. */
 static int follow(struct following *state, int mountinfo, int stop)
 {
 	struct pollfd events[] = {{.fd = mountinfo, .events = POLLPRI}, {.fd = stop, .events = POLLIN}};
 
-	if (reread(state, mountinfo) < 0)
-		return -1;
-	state->bytes = state->entries = 0;
 	for (;;) {
 		if (poll(events, 2, -1) < 0) {
 			if (errno == EINTR)

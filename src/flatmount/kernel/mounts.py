@@ -221,7 +221,8 @@ def follow_mountinfo(mountinfo_fd: int, stop_fd: int) -> FollowedTable:
     """Re-read and parse mountinfo at each change of its namespace, until `stop_fd` is readable or hung up.
 
     Does what an init system does with every change that it is told of, without a limit to its rate, and
-    reports what that was. Blocks outside the interpreter's lock. Both descriptors stay the caller's.
+    reports what that was. Blocks outside the interpreter's lock. Changes count from when the file was opened;
+    both descriptors stay the caller's.
 
     Raises: OSError from poll or read. See: proc_pid_mountinfo(5) on POLLERR and POLLPRI.
     """

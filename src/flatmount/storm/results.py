@@ -1,0 +1,331 @@
+"""What a storm measured, as frozen values with a schema name; reports and comparisons read only these.
+
+`flatmount.storm/1` grows by additions only: a reader takes an object that has more fields than it knows, and
+refuses one that lacks a field or has one of the wrong type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from flatmount.errors import UsageError
+
+SCHEMA = "flatmount.storm/1"
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """The machine that a storm ran on."""
+
+    kernel: str
+    architecture: str
+    cpu_model: str
+    cpus: int
+    memory_bytes: int
+    python: str
+    flatmount: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """The image whose containers were started. `files` counts the entries that a container sees."""
+
+    name: str
+    layers: int
+    files: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the storm was asked for. `uppers` and `store` name the file systems they were on."""
+
+    containers: int
+    concurrency: int
+    strategies: tuple[str, ...]
+    repeats: int
+    timeout_s: float
+    copies: int
+    watchers: int
+    background: int
+    on_host: bool
+    uppers: str
+    store: str
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyMs:
+    """Milliseconds from a container's turn to its probe file written; None where none started."""
+
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    max: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> LatencyMs:
+        ordered = sorted(values)
+        return cls(*(percentile(ordered, q) for q in (50, 90, 99, 100)))
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeMs:
+    """Milliseconds of the health probe's rounds, from when each was due; None where none was."""
+
+    p50: float | None
+    p99: float | None
+    max: float | None
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> ProbeMs:
+        ordered = sorted(values)
+        return cls(*(percentile(ordered, q) for q in (50, 99, 100)))
+
+
+@dataclass(frozen=True, slots=True)
+class MountOperations:
+    """Operations that attach or detach a mount in the storm's namespace, undoing not counted.
+
+    `planned_per_container` comes from the plan, `executed` from the executor over all containers, `kernel`
+    from the kernel's attach and detach events over all containers in a run apart from the timed one. Where
+    there is no such count, `kernel` is None and `kernel_reason` says why. `once` was made for ranges rather
+    than containers and is in neither `planned_per_container` nor `executed`.
+    """
+
+    planned_per_container: int
+    executed: int
+    kernel: int | None
+    kernel_reason: str | None
+    once: int
+
+
+@dataclass(frozen=True, slots=True)
+class MountTable:
+    """Mounts in the storm's namespace: before, at most while it ran (as sampled), after all was undone."""
+
+    before: int
+    peak: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class PhasesMs:
+    """Median milliseconds of a container's phases, None where none started. Latency is without undoing."""
+
+    user_namespace: float | None
+    plan: float | None
+    execute: float | None
+    undo: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One strategy in one repeat.
+
+    `starts_per_s` is of those that started; `latencies_ms` has one value for each of them, in the order in
+    which they finished. `mounts` are (seconds from the start, mounts in the namespace), `probe` (seconds from
+    the start to when the round was due, milliseconds it took from then on). `failures` has the first few
+    messages, one for each kind.
+    """
+
+    strategy: str
+    repeat: int
+    containers: int
+    concurrency: int
+    wall_s: float
+    starts_per_s: float
+    failed: int
+    failures: tuple[str, ...]
+    latency_ms: LatencyMs
+    mount_operations: MountOperations
+    mount_table: MountTable
+    probe_ms: ProbeMs
+    watchers_cpu_s: float
+    watchers_rereads: int
+    phases_ms: PhasesMs
+    undo_operations: int
+    latencies_ms: tuple[float, ...]
+    mounts: tuple[tuple[float, int], ...]
+    probe: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerTimes:
+    """Milliseconds of one container that started: its latency, and its phases."""
+
+    latency_ms: float
+    user_namespace_ms: float
+    plan_ms: float
+    execute_ms: float
+    undo_ms: float
+
+
+def measured(
+    *,
+    strategy: str,
+    repeat: int,
+    containers: int,
+    concurrency: int,
+    wall_s: float,
+    started: Sequence[ContainerTimes],
+    failures: Sequence[str],
+    mount_operations: MountOperations,
+    mounts_before: int,
+    mounts_after: int,
+    mounts: Sequence[tuple[float, int]],
+    probe: Sequence[tuple[float, float]],
+    watchers_cpu_s: float,
+    watchers_rereads: int,
+    undo_operations: int,
+) -> RunResult:
+    """The result of one run from what was measured: rates, percentiles, medians and the peak.
+
+    `started` has the containers in the order in which they finished, `failures` one message for each that did
+    not. Milliseconds are kept to the microsecond and seconds to a tenth of a millisecond.
+    """
+    latencies = [one.latency_ms for one in started]
+    return RunResult(
+        strategy=strategy,
+        repeat=repeat,
+        containers=containers,
+        concurrency=concurrency,
+        wall_s=round(wall_s, 4),
+        starts_per_s=round(len(started) / wall_s, 3),
+        failed=len(failures),
+        failures=tuple(dict.fromkeys(failures))[:5],
+        latency_ms=LatencyMs.of(round(value, 3) for value in latencies),
+        mount_operations=mount_operations,
+        mount_table=MountTable(
+            before=mounts_before,
+            peak=max(mounts_before, mounts_after, *(count for _, count in mounts)),
+            after=mounts_after,
+        ),
+        probe_ms=ProbeMs.of(round(value, 3) for _, value in probe),
+        watchers_cpu_s=round(watchers_cpu_s, 4),
+        watchers_rereads=watchers_rereads,
+        phases_ms=PhasesMs(
+            user_namespace=_median_ms(one.user_namespace_ms for one in started),
+            plan=_median_ms(one.plan_ms for one in started),
+            execute=_median_ms(one.execute_ms for one in started),
+            undo=_median_ms(one.undo_ms for one in started),
+        ),
+        undo_operations=undo_operations,
+        latencies_ms=tuple(round(value, 3) for value in latencies),
+        mounts=tuple((round(at, 4), count) for at, count in mounts),
+        probe=tuple((round(at, 4), round(value, 3)) for at, value in probe),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StormReport:
+    """A storm: when, where, on what, how, and a result for each strategy and repeat in the order they ran.
+
+    `taken_at` is when it began, in UTC as ISO 8601 writes it (`2026-01-31T12:00:00Z`).
+    """
+
+    taken_at: str
+    host: HostFacts
+    image: ImageFacts
+    settings: Settings
+    results: tuple[RunResult, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As one JSON object with its schema's name; `from_json` gives an equal report."""
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object) -> StormReport:
+        """The report that `value`, as `json.load` returned it, holds.
+
+        Raises: UsageError naming the field: another schema, a field that is missing, of the wrong type,
+        negative or not finite. Fields that are not known are left out.
+        """
+        schema = value.get("schema") if isinstance(value, dict) else None
+        if schema != SCHEMA:
+            found = f"its schema is {schema!r}" if schema else "it names no schema"
+            raise UsageError(f"not the results of a storm: {found}", hint=f"give a file with schema {SCHEMA}")
+        return _decode(cls, value, "storm")
+
+
+def percentile(ordered: Sequence[float], q: float) -> float | None:
+    """The nearest-rank percentile: the smallest value that at least `q` percent of `ordered` do not exceed.
+
+    Always a value that was measured, never one in between; the p99 of fewer than 100 values is their maximum.
+    None of nothing. `ordered` is ascending, `q` above 0 and at most 100.
+    """
+    return ordered[math.ceil(len(ordered) * q / 100) - 1] if ordered else None
+
+
+def _median_ms(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return round(statistics.median(known), 4) if known else None
+
+
+T = TypeVar("T")
+
+
+def _decode(kind: type[T], value: object, where: str) -> T:
+    """`value` as the dataclass `kind`, every field checked against its annotation."""
+    if not isinstance(value, dict):
+        raise _wrong(where, "an object", value)
+    decoded = {}
+    for name, annotation in typing.get_type_hints(kind).items():
+        if name not in value:
+            raise UsageError(f"{where} lacks {name!r}", hint="the file is cut short or was changed by hand")
+        decoded[name] = _decode_as(annotation, value[name], f"{where}.{name}")
+    return kind(**decoded)
+
+
+def _decode_as(annotation: Any, value: object, where: str) -> Any:
+    if isinstance(annotation, types.UnionType):
+        if value is None:
+            return None
+        (annotation,) = (option for option in annotation.__args__ if option is not types.NoneType)
+    if dataclasses.is_dataclass(annotation):
+        return _decode(typing.cast(type, annotation), value, where)
+    if typing.get_origin(annotation) is tuple:
+        return _decode_tuple(typing.get_args(annotation), value, where)
+    if annotation in (int, float):
+        return _decode_number(annotation, value, where)
+    if not isinstance(value, annotation):
+        raise _wrong(where, {str: "a string", bool: "true or false"}[annotation], value)
+    return value
+
+
+def _decode_tuple(kinds: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(where, "a list", value)
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise _wrong(where, f"a list of {len(kinds)}", value)
+    return tuple(
+        _decode_as(kind, item, f"{where}[{i}]")
+        for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _decode_number(kind: type[int] | type[float], value: object, where: str) -> float:
+    # A JSON writer may give a whole float as an integer. To Python, true is an integer too.
+    allowed: Any = (int, float) if kind is float else int
+    if not isinstance(value, allowed) or isinstance(value, bool):
+        raise _wrong(where, "a number" if kind is float else "a whole number", value)
+    number = typing.cast(float, value)
+    if not (math.isfinite(number) and number >= 0):
+        raise _wrong(where, "finite and not negative", value)
+    return kind(number)
+
+
+def _wrong(where: str, expected: str, value: object) -> UsageError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 40 else shown[:37] + "..."
+    return UsageError(
+        f"{where} is not {expected}: {shown}", hint="the file is damaged or was changed by hand"
+    )
