@@ -50,13 +50,13 @@ def sample_report(containers: int = CONTAINERS, strategies: tuple[str, ...] = tu
             watchers=1,
             background=1000,
             on_host=False,
+            ranges="fresh",
+            admit=None,
             uppers="tmpfs",
             store="ext4",
             seed=1,
         ),
-        results=tuple(
-            _run(strategy, repeat, containers) for repeat in range(REPEATS) for strategy in strategies
-        ),
+        results=tuple(_run(strategy, repeat, containers) for repeat in range(REPEATS) for strategy in strategies),
     )
 
 
@@ -90,9 +90,7 @@ def _run(strategy: str, repeat: int, containers: int) -> RunResult:
         mounts_before=before,
         mounts_after=before,
         mounts=[(at, before + round(growth * done * (0.9 + 0.1 * draw.random()))) for at, done in samples],
-        probe=[
-            (i / 10, 3 + cost_ms * 4 * draw.expovariate(2.0)) for i in range(1, math.ceil(wall_s * 10) + 1)
-        ],
+        probe=[(i / 10, 3 + cost_ms * 4 * draw.expovariate(2.0)) for i in range(1, math.ceil(wall_s * 10) + 1)],
         watchers_cpu_s=wall_s * min(0.9, growth / 400),
         watchers_rereads=round(wall_s * 170),
         undo_operations=containers - failed,

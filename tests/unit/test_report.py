@@ -46,9 +46,7 @@ def test_a_wide_terminal_gets_every_column() -> None:
     head = render(sample_report(), width=200).splitlines()[0]
     for column in ("times", "range", "p50", "p99", "max", "mount ops", "table", "probe p99", "watchers"):
         assert column in head
-    without = dataclasses.replace(
-        sample_report(), settings=dataclasses.replace(sample_report().settings, watchers=0)
-    )
+    without = dataclasses.replace(sample_report(), settings=dataclasses.replace(sample_report().settings, watchers=0))
     assert "watchers" not in render(without, width=200)
 
 
@@ -98,18 +96,13 @@ def test_notes_name_failures_and_what_was_left_behind() -> None:
     report = sample_report()
     assert "per-layer: move_mount merged: Device or resource busy" in render(report, width=300)
     run = report.results[0]
-    left = dataclasses.replace(
-        run, mount_table=dataclasses.replace(run.mount_table, after=run.mount_table.before + 7)
-    )
+    left = dataclasses.replace(run, mount_table=dataclasses.replace(run.mount_table, after=run.mount_table.before + 7))
     text = render(dataclasses.replace(report, results=(left, *report.results[1:])), width=300)
     assert "per-layer (repeat 1) left 7 mounts behind." in text
 
 
 def test_nothing_measured_renders() -> None:
-    assert (
-        render(nothing_measured())
-        == "Medians of 3 repeats; ratios within a repeat.\n\nNothing was measured.\n"
-    )
+    assert render(nothing_measured()) == "Medians of 3 repeats; ratios within a repeat.\n\nNothing was measured.\n"
     assert "Nothing was measured." in page(nothing_measured())
 
 
@@ -152,9 +145,7 @@ def test_the_page_is_whole_and_loads_nothing() -> None:
     assert "url(" not in text
     assert "://" not in text
     assert "@import" not in text
-    assert names.count("table") >= sum(
-        1 for tag, attributes in reader.tags if attributes.get("role") == "img"
-    )
+    assert names.count("table") >= sum(1 for tag, attributes in reader.tags if attributes.get("role") == "img")
     assert "prefers-color-scheme: dark" in text
     assert "@media print" in text
 

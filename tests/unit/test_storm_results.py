@@ -196,9 +196,7 @@ def test_without_per_layer_the_first_strategy_is_the_baseline() -> None:
 
 def test_the_sentence_has_what_a_person_would_quote() -> None:
     text = sentence(sample_report(containers=2000))
-    assert text.startswith(
-        "On 2 CPUs, 2,000 containers of an image with 50 layers started 14.9 times as fast "
-    )
+    assert text.startswith("On 2 CPUs, 2,000 containers of an image with 50 layers started 14.9 times as fast ")
     assert "with flat as with per-layer" in text
     assert re.search(r"1,547 against \d+ starts a second; [\d.]+ to [\d.]+ times over 3 repeats", text)
     assert "with 1 mount operation instead of 203 for each" in text
@@ -213,9 +211,7 @@ def test_too_few_rounds_of_the_probe_are_not_quoted() -> None:
 def test_a_baseline_that_never_started_is_said_in_words() -> None:
     report = sample_report(strategies=("per-layer", "flat"))
     dead = tuple(
-        dataclasses.replace(run, starts_per_s=0.0, failed=run.containers)
-        if run.strategy == "per-layer"
-        else run
+        dataclasses.replace(run, starts_per_s=0.0, failed=run.containers) if run.strategy == "per-layer" else run
         for run in report.results
     )
     report = dataclasses.replace(report, results=dead)
@@ -225,9 +221,7 @@ def test_a_baseline_that_never_started_is_said_in_words() -> None:
 
 def test_no_results_and_one_strategy_have_a_sentence() -> None:
     assert sentence(dataclasses.replace(sample_report(), results=())) == "Nothing was measured."
-    assert sentence(sample_report(strategies=("flat",))).endswith(
-        "a second with flat, 1 mount operation each."
-    )
+    assert sentence(sample_report(strategies=("flat",))).endswith("a second with flat, 1 mount operation each.")
 
 
 @pytest.mark.parametrize(

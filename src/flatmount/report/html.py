@@ -81,12 +81,8 @@ def _tiles(outcome: Summary) -> str:
     tiles.append((f"{operations:,}", f"{noun} instead of {base.operations_per_container:,}"))
     if best.quotable_probe_ms and base.quotable_probe_ms:
         instead = figure(base.quotable_probe_ms)
-        tiles.append(
-            (f"{figure(best.quotable_probe_ms)} ms", f"p99 of a health check instead of {instead} ms")
-        )
-    drawn = "".join(
-        f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles
-    )
+        tiles.append((f"{figure(best.quotable_probe_ms)} ms", f"p99 of a health check instead of {instead} ms"))
+    drawn = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
     return f'<div class="tiles">{drawn}</div>'
 
 
@@ -96,8 +92,7 @@ def _rates(report: StormReport, outcome: Summary) -> str:
             style_of(index),
             entry.strategy,
             entry.starts_per_s.median,
-            figure(entry.starts_per_s.median)
-            + (f"  ({figure(entry.speedup.median)} ×)" if entry.speedup else ""),
+            figure(entry.starts_per_s.median) + (f"  ({figure(entry.speedup.median)} ×)" if entry.speedup else ""),
             *_range(entry),
         )
         for index, entry in enumerate(outcome.strategies)
@@ -146,9 +141,7 @@ def _latencies(report: StormReport, outcome: Summary) -> str:
         "Latency of a start",
         "The share of containers that had started within a time, all repeats together. A line that ends "
         "below 100 % lacks the containers that failed.",
-        _legend(outcome)
-        + _scroll(chart)
-        + _table(outcome, ["p50|ms", "p90|ms", "p99|ms", "max|ms", "failed|"], rows),
+        _legend(outcome) + _scroll(chart) + _table(outcome, ["p50|ms", "p90|ms", "p99|ms", "max|ms", "failed|"], rows),
     )
 
 
@@ -174,9 +167,7 @@ def _operations(report: StormReport, outcome: Summary) -> str:
             [
                 f"{entry.operations_per_container:,}",
                 f"{sum(count.executed for count in counts):,}",
-                f"{sum(kernel):,}" + _of_runs(len(kernel), len(runs))
-                if kernel
-                else escape("; ".join(sorted(reasons))),
+                f"{sum(kernel):,}" + _of_runs(len(kernel), len(runs)) if kernel else escape("; ".join(sorted(reasons))),
                 f"{sum(count.once for count in counts):,}",
                 f"{sum(run.undo_operations for run in runs):,}",
             ]
@@ -255,10 +246,7 @@ def _phases(report: StormReport, outcome: Summary) -> str:
     rows = []
     for entry in outcome.strategies:
         phases = [run.phases_ms for run in _runs_of(report, entry)]
-        columns = [
-            [getattr(phase, name) for phase in phases]
-            for name in ("user_namespace", "plan", "execute", "undo")
-        ]
+        columns = [[getattr(phase, name) for phase in phases] for name in ("user_namespace", "plan", "execute", "undo")]
         rows.append([_number(spread.median if (spread := Spread.of(column)) else None) for column in columns])
     return _section(
         "Where the time of a start goes",
@@ -293,6 +281,8 @@ def _facts(report: StormReport) -> str:
             ("namespace copies", f"{settings.copies:,}"),
             ("watchers", f"{settings.watchers:,}"),
             ("mounts put there before", f"{settings.background:,}"),
+            ("user namespaces", "made before" if settings.ranges == "ahead" else "made for each start"),
+            ("assembled at a time", "all" if settings.admit is None else f"at most {settings.admit:,}"),
             ("where", "the host's namespace" if settings.on_host else "a namespace of its own"),
             ("seed", str(settings.seed)),
         ],
@@ -343,9 +333,7 @@ def _over_time(
 ) -> str:
     typical = [_typical(_runs_of(report, entry)) for entry in outcome.strategies]
     series = [
-        Series(
-            style_of(index), f"{run.strategy}, repeat {run.repeat + 1}", thinned(points(run), _MOST_POINTS)
-        )
+        Series(style_of(index), f"{run.strategy}, repeat {run.repeat + 1}", thinned(points(run), _MOST_POINTS))
         for index, run in enumerate(typical)
     ]
     ends = [at for one in series for at, _ in one.points[-1:]]

@@ -100,9 +100,7 @@ footer li { margin: .25rem 0; } footer ul { padding-left: 1.1rem; margin: .4rem 
 def style_sheet(strategies: tuple[str, ...]) -> str:
     """The whole sheet for a page that shows these strategies."""
     looks = _looks(strategies)
-    light = "\n".join(
-        f".{style_of(i)} {{ --c: {look[0]}; --dash: {look[2]}; }}" for i, look in enumerate(looks)
-    )
+    light = "\n".join(f".{style_of(i)} {{ --c: {look[0]}; --dash: {look[2]}; }}" for i, look in enumerate(looks))
     dark = "\n".join(f".{style_of(i)} {{ --c: {look[1]}; }}" for i, look in enumerate(looks))
     return f"{_SHEET}{light}\n@media screen and (prefers-color-scheme: dark) {{\n{dark}\n}}\n"
 
@@ -114,6 +112,4 @@ def style_of(index: int) -> str:
 
 def _looks(strategies: tuple[str, ...]) -> list[tuple[str, str, str]]:
     unknown = [name for name in strategies if name not in _KNOWN]
-    return [
-        _KNOWN[name] if name in _KNOWN else _SPARE[unknown.index(name) % len(_SPARE)] for name in strategies
-    ]
+    return [_KNOWN[name] if name in _KNOWN else _SPARE[unknown.index(name) % len(_SPARE)] for name in strategies]

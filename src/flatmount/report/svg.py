@@ -122,9 +122,7 @@ def bar_chart(label: str, bars: Sequence[Bar], axis: Axis) -> str:
     for tick in axis.ticks():
         at = across(tick)
         drawn.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="0" y2="{bottom}"/>')
-        drawn.append(
-            f'<text class="tick" x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{_tick(tick)}</text>'
-        )
+        drawn.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{_tick(tick)}</text>')
     drawn.append(_x_label(axis.label, _BAR_LEFT + width / 2, height))
     for index, bar in enumerate(bars):
         top = index * _BAR_PITCH + (_BAR_PITCH - _BAR_HEIGHT) / 2
@@ -165,15 +163,11 @@ def _grid(x: Axis, y: Axis, height: int) -> str:
     for tick in y.ticks():
         at = _down(y, tick, height)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_tick(tick)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{_tick(tick)}</text>')
     for tick in x.ticks():
         at = _across(x, tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-        parts.append(
-            f'<text class="tick" x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{_tick(tick)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{_tick(tick)}</text>')
     middle = (_TOP + bottom) / 2
     parts.append(
         f'<text class="axis" transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle">'
@@ -188,9 +182,7 @@ def _x_label(text: str, at: float, height: int) -> str:
 
 
 def _svg(label: str, height: int, drawn: Iterable[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
-    )
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
 
 
 def _across(axis: Axis, value: float) -> float:

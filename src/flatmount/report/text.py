@@ -59,9 +59,7 @@ def _columns(report: StormReport, outcome: Summary) -> list[_Column]:
         _Column("p50", "ms", lambda entry: _median(entry.latency_p50_ms), 6),
         _Column("p99", "ms", lambda entry: _median(entry.latency_p99_ms), 1),
         _Column("max", "ms", lambda entry: _median(entry.latency_max_ms), 8),
-        _Column(
-            "failed", "", lambda entry: f"{entry.failed:,}", colour=lambda entry: _RED if entry.failed else ""
-        ),
+        _Column("failed", "", lambda entry: f"{entry.failed:,}", colour=lambda entry: _RED if entry.failed else ""),
         _Column("mount ops", "each", lambda entry: f"{entry.operations_per_container:,}", 2),
         _Column("table", "mounts", lambda entry: f"+{entry.table_growth.median:,.0f}", 4),
         _Column("probe p99", "ms", lambda entry: _median(entry.probe_p99_ms), 5),
@@ -71,9 +69,7 @@ def _columns(report: StormReport, outcome: Summary) -> list[_Column]:
     return columns
 
 
-def _table(
-    columns: list[_Column], outcome: Summary, width: int, paint: Callable[[str, str], str]
-) -> list[str]:
+def _table(columns: list[_Column], outcome: Summary, width: int, paint: Callable[[str, str], str]) -> list[str]:
     columns = list(columns)
     while _width(columns, outcome) > width and any(column.spare for column in columns):
         columns.remove(max(columns, key=lambda column: column.spare))

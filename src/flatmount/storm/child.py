@@ -33,9 +33,7 @@ class Child:
             # -P: what lies in the current directory is not imported. A group of its own: Ctrl-C is for the
             # storm, which then ends its children in order.
             command = [sys.executable, "-P", "-m", module, str(os.getpid())]
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=self._output, process_group=0
-            )
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._output, process_group=0)
         except BaseException:
             os.close(self._output)
             raise

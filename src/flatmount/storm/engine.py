@@ -25,7 +25,7 @@ from flatmount.rootfs.workplace import workplace
 from flatmount.store import Store, StoredImage
 from flatmount.storm.burst import Burst, run_burst, undo_burst
 from flatmount.storm.containers import MOST_CONTAINERS, Container, containers, image_files
-from flatmount.storm.host import this_host
+from flatmount.storm.host import now_utc, this_host
 from flatmount.storm.probe import HealthProbe
 from flatmount.storm.results import (
     ContainerTimes,
@@ -83,6 +83,7 @@ def run_storm(
     Raises: FlatmountError; Interrupted.
     """
     _check(settings)
+    taken_at = now_utc()
     if not settings.on_host:
         enter_private_mounts()
     elsewhere = () if uppers is None else (os.path.join(os.path.abspath(uppers), owned_name("flatmount-storm")),)
@@ -100,7 +101,8 @@ def run_storm(
             for name in _rotated(settings.strategies, repeat)
         ]
         name = image.name or image.digest
-        return StormReport(this_host(), ImageFacts(name, len(image.layers), storm.entries), settings, tuple(results))
+        facts_of_image = ImageFacts(name, len(image.layers), storm.entries)
+        return StormReport(taken_at, this_host(), facts_of_image, settings, tuple(results))
 
 
 def _check(settings: Settings) -> None:

@@ -1,9 +1,10 @@
-"""Facts about this machine that a reader of results needs to judge them."""
+"""Facts about this machine and moment that a reader of results needs to judge them."""
 
 from __future__ import annotations
 
 import os
 import platform
+from datetime import UTC, datetime
 
 from flatmount._version import VERSION
 from flatmount.storm.results import HostFacts
@@ -20,6 +21,11 @@ def this_host() -> HostFacts:
         python=platform.python_version(),
         flatmount=VERSION,
     )
+
+
+def now_utc() -> str:
+    """This moment as results write it, to the second."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _cpu_model() -> str:

@@ -44,7 +44,11 @@ class ImageFacts:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the storm was asked for. `uppers` and `store` name the file systems they were on."""
+    """What the storm was asked for.
+
+    `ranges` says whether user namespaces were made as part of a start (`fresh`) or before (`ahead`), `admit` how many
+    containers were assembled at a time where that was limited. `uppers` and `store` say where these were.
+    """
 
     containers: int
     concurrency: int
@@ -55,6 +59,8 @@ class Settings:
     watchers: int
     background: int
     on_host: bool
+    ranges: str
+    admit: int | None
     uppers: str
     store: str
     seed: int
@@ -307,8 +313,7 @@ def _decode_tuple(kinds: tuple[Any, ...], value: object, where: str) -> tuple[An
     if len(kinds) != len(value):
         raise _wrong(where, f"a list of {len(kinds)}", value)
     return tuple(
-        _decode_as(kind, item, f"{where}[{i}]")
-        for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        _decode_as(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
     )
 
 
@@ -326,6 +331,4 @@ def _decode_number(kind: type[int] | type[float], value: object, where: str) -> 
 def _wrong(where: str, expected: str, value: object) -> UsageError:
     shown = repr(value)
     shown = shown if len(shown) <= 40 else shown[:37] + "..."
-    return UsageError(
-        f"{where} is not {expected}: {shown}", hint="the file is damaged or was changed by hand"
-    )
+    return UsageError(f"{where} is not {expected}: {shown}", hint="the file is damaged or was changed by hand")
