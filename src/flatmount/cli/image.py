@@ -1,0 +1,204 @@
+"""`flatmount image`: what is in the store, and what gets in and out."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import sys
+import time
+from typing import Any
+
+from flatmount.cli.common import open_store, print_json, store_options
+from flatmount.errors import EXIT_FINE
+from flatmount.store import Progressed, Store, StoredImage
+
+_EXAMPLES = """examples:
+  flatmount image import ./layout --name web     an OCI image layout: a directory or a tar archive
+  flatmount image import saved.tar:app:1.2       one of several images that `docker save` wrote
+  flatmount image show web --json
+  flatmount image remove web
+"""
+
+
+def add_parser(verbs: Any) -> None:
+    """Add `image` and its sub-verbs to `verbs`, argparse's action for sub-parsers."""
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        "image",
+        help="import, list, show and remove images",
+        description="Import, list, show and remove images.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subverbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    adding = subverbs.add_parser("import", help="import an OCI image layout or a docker-archive")
+    adding.add_argument("path", metavar="PATH[:NAME]", help="a layout's directory, or a tar archive")
+    adding.add_argument("--name", help="what the image is called in the store")
+    store_options(adding)
+    adding.set_defaults(run=_import)
+
+    listing = subverbs.add_parser("list", help="list the images of the store")
+    store_options(listing)
+    listing.set_defaults(run=_list)
+
+    showing = subverbs.add_parser("show", help="show one image: layers, owners, what it costs")
+    showing.add_argument("image", metavar="IMAGE", help="a name, a digest, or the beginning of one")
+    store_options(showing)
+    showing.set_defaults(run=_show)
+
+    removing = subverbs.add_parser("remove", help="remove an image that nothing uses")
+    removing.add_argument("image", metavar="IMAGE", help="a name, a digest, or the beginning of one")
+    store_options(removing)
+    removing.set_defaults(run=_remove)
+
+    if importlib.util.find_spec("flatmount.cli.image_demo") is not None:
+        importlib.import_module("flatmount.cli.image_demo").add_parser(subverbs)
+
+
+def size(number: int) -> str:
+    """Bytes for a person, in binary units."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def facts(image: StoredImage) -> dict[str, Any]:
+    """What `list` and `show` tell programs about an image."""
+    return {
+        "name": image.name,
+        "digest": image.digest,
+        "chain_id": image.chain_id,
+        "layers": len(image.layers),
+        "files": image.files,
+        "size_bytes": sum(layer.size_bytes for layer in image.layers),
+    }
+
+
+def _import(args: argparse.Namespace) -> int:
+    progress = _Line() if sys.stderr.isatty() else None
+    with open_store(args, create=True) as store:
+        try:
+            image = store.import_image(args.path, name=args.name, progress=progress)
+        finally:
+            if progress is not None:
+                progress.clear()
+    if args.json:
+        print_json("image-import", facts(image))
+    else:
+        print(f"{image.name or image.digest}: {len(image.layers)} layers, {image.files} files, {image.digest}")
+        if image.dropped_xattrs:
+            print(f"  {image.dropped_xattrs} extended attributes dropped: overlayfs's own, and host labels")
+    return EXIT_FINE
+
+
+def _list(args: argparse.Namespace) -> int:
+    with open_store(args) as store:
+        images = [facts(image) for image in store.images()]
+    if args.json:
+        print_json("image-list", {"images": images})
+        return EXIT_FINE
+    rows = [
+        (fact["name"] or "-", fact["digest"][7:19], str(fact["layers"]), str(fact["files"]), size(fact["size_bytes"]))
+        for fact in images
+    ]
+    _table(("NAME", "DIGEST", "LAYERS", "FILES", "SIZE"), rows)
+    return EXIT_FINE
+
+
+def _show(args: argparse.Namespace) -> int:
+    with open_store(args) as store:
+        image = store.image(args.image)
+        detail = facts(image) | _detail(store, image)
+    if args.json:
+        print_json("image-show", detail)
+        return EXIT_FINE
+    for key in ("name", "digest", "chain_id", "platform", "user", "entrypoint", "cmd", "workdir", "flat_tree"):
+        print(f"{key.replace('_', ' '):<12}{detail[key] if detail[key] is not None else '-'}")
+    print(f"{'root':<12}mode {image.root.mode:04o}, owner {image.root.uid}:{image.root.gid}")
+    print(f"{'uids':<12}{_spans(image.owners.uids)}")
+    print(f"{'gids':<12}{_spans(image.owners.gids)}")
+    print(f"{'held by':<12}{', '.join(detail['holders']) or 'nobody'}")
+    print(f"{'files':<12}{image.files}, {size(detail['size_bytes'])} in {len(image.layers)} layers")
+    rows = [(layer.path, layer.diff_id[7:19], str(layer.entries), size(layer.size_bytes)) for layer in image.layers]
+    _table(("LAYER", "DIFF ID", "ENTRIES", "SIZE"), rows)
+    return EXIT_FINE
+
+
+def _detail(store: Store, image: StoredImage) -> dict[str, Any]:
+    config = image.config
+    return {
+        "platform": "/".join(part for part in (config.os, config.architecture, config.variant) if part),
+        "user": config.user or None,
+        "env": list(config.env),
+        "entrypoint": list(config.entrypoint),
+        "cmd": list(config.cmd),
+        "workdir": config.workdir or None,
+        "flat_tree": store.flat_tree(image),
+        "dropped_xattrs": image.dropped_xattrs,
+        "root": {
+            "mode": image.root.mode,
+            "uid": image.root.uid,
+            "gid": image.root.gid,
+            "mtime_ns": image.root.mtime_ns,
+        },
+        "owners": {"uids": [list(span) for span in image.owners.uids], "gids": [list(s) for s in image.owners.gids]},
+        "holders": [holder.holder for holder in store.holders() if holder.digest == image.digest],
+        "layer_list": [
+            {"diff_id": layer.diff_id, "path": layer.path, "entries": layer.entries, "size_bytes": layer.size_bytes}
+            for layer in image.layers
+        ],
+    }
+
+
+def _remove(args: argparse.Namespace) -> int:
+    with open_store(args) as store:
+        gone = store.remove_image(args.image)
+    if args.json:
+        print_json(
+            "image-remove",
+            {
+                "names": list(gone.names),
+                "images": list(gone.images),
+                "layers": gone.layers,
+                "entries": gone.entries,
+                "size_bytes": gone.size_bytes,
+            },
+        )
+    elif gone.images:
+        print(f"removed {args.image}: {gone.layers} layers, {gone.entries} entries, {size(gone.size_bytes)} freed")
+    else:
+        print(f"removed the name {args.image}; its image has others")
+    return EXIT_FINE
+
+
+class _Line:
+    """One line on a terminal that is written over until the import is done."""
+
+    def __init__(self) -> None:
+        self._last_ns = 0
+
+    def __call__(self, at: Progressed) -> None:
+        now = time.monotonic_ns()
+        if now - self._last_ns > 100_000_000:
+            self._last_ns = now
+            done = f"{size(at.done_bytes)} of {size(at.total_bytes)}"
+            sys.stderr.write(f"\r\x1b[Klayer {at.layer} of {at.layers}: {done}")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        sys.stderr.write("\r\x1b[K")
+        sys.stderr.flush()
+
+
+def _spans(spans: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
+    for row in (head, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,196 @@
+"""The store's book: which images, layers and trees there are.
+
+SQLite in WAL mode; a commit is on disk when it returns.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from flatmount.errors import StoreError
+
+SCHEMA: Final = 1
+_BUSY_S: Final = 60.0
+
+# One script for each version. A number names a tree for ever: `numbers` only counts up, so that a path that
+# somebody remembers never means another tree. `parent_chain` is set for a layer whose tree depends on what
+# lies beneath it.
+_MIGRATIONS: Final = (
+    """
+    CREATE TABLE numbers (last INTEGER NOT NULL);
+    INSERT INTO numbers VALUES (0);
+    CREATE TABLE layers (
+        number INTEGER PRIMARY KEY,
+        diff_id TEXT NOT NULL,
+        parent_chain TEXT,
+        entries INTEGER NOT NULL,
+        files INTEGER NOT NULL,
+        size_bytes INTEGER NOT NULL,
+        dropped_xattrs INTEGER NOT NULL,
+        owners TEXT NOT NULL,
+        root TEXT
+    );
+    CREATE UNIQUE INDEX layers_by_content ON layers (diff_id, ifnull(parent_chain, 'any'));
+    CREATE TABLE documents (digest TEXT PRIMARY KEY, content BLOB NOT NULL);
+    CREATE TABLE images (
+        digest TEXT PRIMARY KEY REFERENCES documents (digest),
+        config_digest TEXT NOT NULL REFERENCES documents (digest),
+        chain_id TEXT NOT NULL,
+        imported_ns INTEGER NOT NULL
+    );
+    CREATE INDEX images_by_chain ON images (chain_id);
+    CREATE TABLE image_layers (
+        image TEXT NOT NULL REFERENCES images (digest) ON DELETE CASCADE,
+        position INTEGER NOT NULL,
+        layer INTEGER NOT NULL REFERENCES layers (number),
+        PRIMARY KEY (image, position)
+    ) WITHOUT ROWID;
+    CREATE INDEX image_layers_by_layer ON image_layers (layer);
+    CREATE TABLE names (
+        name TEXT PRIMARY KEY,
+        image TEXT NOT NULL REFERENCES images (digest) ON DELETE CASCADE
+    );
+    CREATE INDEX names_by_image ON names (image);
+    CREATE TABLE flats (
+        number INTEGER PRIMARY KEY,
+        chain_id TEXT NOT NULL UNIQUE,
+        directories INTEGER NOT NULL,
+        links INTEGER NOT NULL,
+        copies INTEGER NOT NULL
+    );
+    CREATE TABLE shifted (
+        number INTEGER PRIMARY KEY,
+        chain_id TEXT NOT NULL,
+        mapping TEXT NOT NULL,
+        UNIQUE (chain_id, mapping)
+    );
+    CREATE TABLE leases (
+        holder TEXT NOT NULL,
+        image TEXT NOT NULL REFERENCES images (digest),
+        since_ns INTEGER NOT NULL,
+        PRIMARY KEY (holder, image)
+    ) WITHOUT ROWID;
+    """,
+)
+
+
+class Database:
+    """One connection, for any number of threads one after the other."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self.schema = SCHEMA
+        try:
+            self._connection = self._connect("rw" if os.access(path, os.W_OK) else "ro")
+            found = self._version()
+            if found > SCHEMA:
+                self.schema = found
+                self._connection.close()
+                self._connection = self._connect("ro")
+            elif found < SCHEMA:
+                self._migrate()
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"{path} cannot be opened: {error}", hint="is it the state of a store?"
+            ) from error
+
+    @classmethod
+    def create(cls, path: str) -> Database:
+        """Make the file, readable for its owner only, where there is none, and open it."""
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        return cls(path)
+
+    def close(self) -> None:
+        """Close the connection."""
+        with self._lock:
+            self._connection.close()
+
+    @property
+    def newer(self) -> bool:
+        """Whether a newer flatmount wrote this store, which is then read and never written."""
+        return self.schema > SCHEMA
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Write: all of it, on disk when the block is left, or nothing. Raises: StoreError."""
+        if self.newer:
+            raise StoreError(
+                f"the store was written by a newer flatmount (schema {self.schema}, this one knows {SCHEMA})",
+                hint="it can be read but not changed; use the newer flatmount",
+            )
+        with self._lock, self._told():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Read one state of the store, whatever others commit meanwhile. Raises: StoreError."""
+        with self._lock, self._told():
+            if self._connection.in_transaction:
+                yield self._connection
+                return
+            self._connection.execute("BEGIN")
+            try:
+                yield self._connection
+            finally:
+                self._connection.execute("ROLLBACK")
+
+    def next_numbers(self, count: int) -> range:
+        """Numbers that no tree of this store has had or will have."""
+        with self.transaction() as db:
+            (last,) = db.execute("UPDATE numbers SET last = last + ? RETURNING last", (count,)).fetchone()
+        return range(int(last) - count + 1, int(last) + 1)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            full = "full" in str(error)
+            hint = (
+                "free space there and try again; nothing was changed"
+                if full
+                else "another process may hold it"
+            )
+            raise StoreError(f"{self.path}: {error}", hint=hint) from error
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"file:{_quoted(self.path)}?mode={mode}",
+            uri=True,
+            timeout=_BUSY_S,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        if mode == "rw":
+            connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        return connection
+
+    def _version(self) -> int:
+        row: tuple[Any] = self._connection.execute("PRAGMA user_version").fetchone()
+        return int(row[0])
+
+    def _migrate(self) -> None:
+        with self.transaction() as db:
+            for version in range(self._version(), SCHEMA):
+                for statement in filter(str.strip, _MIGRATIONS[version].split(";")):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {version + 1}")
+
+
+def _quoted(path: str) -> str:
+    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")

@@ -1,0 +1,205 @@
+"""Where things lie in a store, and the moves that make them visible or take them away.
+
+    ROOT/v1/state.db        the book: what is not in it does not exist
+    ROOT/v1/data/           0700, the one parent of all trees; nothing is ever mounted beneath it
+        layers/N flat/N shifted/N    N is the book's number, never used twice
+        uppers/                      made by whoever mounts
+        staging/N trash/             not yet and no longer visible
+    ROOT/v1/entries/N       what was unpacked into layers/N
+    ROOT/v1/lock            held shared by whoever has something in staging, exclusively by whoever sweeps
+    ROOT/v1/build.lock      held by whoever builds a flat or shifted tree
+
+A tree appears in this order: staging, syncfs, rename, fsync of the directory, the book. It goes in the
+opposite order. So after a kill at any moment there are only trees that the book does not know, and `sweep`
+takes those away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from typing import Final
+
+from flatmount.errors import StoreError, from_os_error
+from flatmount.kernel.tree import RemovedTree, remove_tree, sync_filesystem
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_DATA: Final = ("layers", "flat", "shifted", "uppers", "staging", "trash")
+TREES: Final = ("layers", "flat", "shifted")
+
+
+class Disk:
+    """The files of one store.
+
+    Owns a descriptor of `v1` and one of `v1/data`; every path here is relative to one.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.base = os.path.join(root, "v1")
+        self.data = os.path.join(self.base, "data")
+        self.base_fd = os.open(self.base, _DIRECTORY)
+        try:
+            self.data_fd = os.open("data", _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.base_fd)
+        except BaseException:
+            os.close(self.base_fd)
+            raise
+
+    @classmethod
+    def open(cls, root: str, *, create: bool) -> Disk:
+        """The store at `root`; `create` makes what is missing. Raises: StoreError."""
+        try:
+            if create:
+                _create(root)
+            return cls(root)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"there is no store at {root}", hint="import an image first, or name another --root"
+            ) from error
+        except PermissionError as error:
+            raise StoreError(
+                f"{error.filename}: {error.strerror}", hint="run as the store's owner, usually root"
+            ) from error
+        except OSError as error:
+            raise from_os_error(error, "open the store") from error
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        os.close(self.data_fd)
+        os.close(self.base_fd)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Nobody sweeps meanwhile."""
+        with self._locked("lock", fcntl.LOCK_SH):
+            yield
+
+    @contextlib.contextmanager
+    def building(self) -> Iterator[None]:
+        """Nobody sweeps and nobody else builds meanwhile."""
+        with self._locked("build.lock", fcntl.LOCK_EX), self.working():
+            yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """True when nobody else has anything in staging, and then nobody can until the block is left."""
+        try:
+            with self._locked("lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+                yield True
+        except BlockingIOError:
+            yield False
+
+    @contextlib.contextmanager
+    def _locked(self, name: str, how: int) -> Iterator[None]:
+        # A description of its own for each holder: flock then also holds between the threads of one process.
+        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.base_fd)
+        try:
+            fcntl.flock(fd, how)
+            yield
+        finally:
+            os.close(fd)
+
+    def free_bytes(self) -> int:
+        """What the file system of the store has left."""
+        status = os.fstatvfs(self.data_fd)
+        return status.f_bavail * status.f_frsize
+
+    def sync(self) -> None:
+        """Everything written so far is on disk when this returns."""
+        sync_filesystem(self.data_fd)
+
+    def publish(self, kind: str, numbers: list[int]) -> None:
+        """Move synced trees from staging to their place, durably. The book does not know them yet."""
+        for number in numbers:
+            os.rename(
+                f"staging/{number}", f"{kind}/{number}", src_dir_fd=self.data_fd, dst_dir_fd=self.data_fd
+            )
+        self._sync_directory(self.data_fd, kind)
+
+    def discard(self, path: str) -> RemovedTree:
+        """Take a tree away, `path` relative to data: out of sight first, then gone.
+
+        Nothing there is no error.
+        """
+        out_of_sight = path.replace("/", "-")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(path, f"trash/{out_of_sight}", src_dir_fd=self.data_fd, dst_dir_fd=self.data_fd)
+        try:
+            trash = os.open("trash", _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.data_fd)
+            try:
+                return remove_tree(trash, out_of_sight)
+            finally:
+                os.close(trash)
+        except FileNotFoundError:
+            return RemovedTree(0, 0)
+
+    def create_entries(self, number: int) -> int:
+        """A descriptor for the manifest of a layer's entries, which the caller writes and closes."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(f"entries/{number}", flags, 0o600, dir_fd=self.base_fd)
+
+    def drop_entries(self, number: int) -> None:
+        """Remove the manifest of a layer's entries."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"entries/{number}", dir_fd=self.base_fd)
+
+    def sweep(self, known: dict[str, set[int]]) -> None:
+        """Take away what the book does not know.
+
+        `known` are the numbers of each kind of tree. Call it `alone`.
+        """
+        for name in os.listdir(os.path.join(self.data, "trash")):
+            self._sweep_one(f"trash/{name}")
+        for name in os.listdir(os.path.join(self.data, "staging")):
+            self._sweep_one(f"staging/{name}")
+        for kind in TREES:
+            for name in os.listdir(os.path.join(self.data, kind)):
+                if not name.isdigit() or int(name) not in known[kind]:
+                    self._sweep_one(f"{kind}/{name}")
+        for name in os.listdir(os.path.join(self.base, "entries")):
+            if not name.isdigit() or int(name) not in known["layers"]:
+                with contextlib.suppress(OSError):
+                    os.unlink(f"entries/{name}", dir_fd=self.base_fd)
+
+    def _sweep_one(self, path: str) -> None:
+        # What cannot go now, because something is mounted in it, stays out of sight; the next sweep tries
+        # again.
+        with contextlib.suppress(OSError):
+            if path.startswith("trash/"):
+                fd = os.open("trash", _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.data_fd)
+                try:
+                    remove_tree(fd, path.removeprefix("trash/"))
+                finally:
+                    os.close(fd)
+            else:
+                self.discard(path)
+
+    def _sync_directory(self, parent_fd: int, name: str) -> None:
+        fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent_fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _create(root: str) -> None:
+    """0711 above the data, because a runtime inside a user namespace walks through; 0700 from there on."""
+    os.makedirs(os.path.dirname(root), exist_ok=True)
+    for path, mode in ((root, 0o711), (os.path.join(root, "v1"), 0o711)):
+        _make(path, mode)
+    base = os.path.join(root, "v1")
+    for name in ("data", "entries", *(f"data/{name}" for name in _DATA)):
+        _make(os.path.join(base, name), 0o700)
+
+
+def _make(path: str, mode: int) -> None:
+    try:
+        os.mkdir(path, mode)
+    except FileExistsError:
+        return
+    os.chmod(path, mode)
+    # A default ACL of the parent would give every file of the store a mode that no image asked for.
+    with contextlib.suppress(OSError):
+        os.removexattr(path, "system.posix_acl_default")

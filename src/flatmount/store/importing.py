@@ -1,0 +1,236 @@
+"""From an image somewhere to layers in the store: all of it, durably, or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flatmount.errors import BadImage, FlatmountError, from_os_error
+from flatmount.image import ImageSource, LayerStream, TarReader
+from flatmount.image import digest as digests
+from flatmount.store import entries
+from flatmount.store.below import Below
+from flatmount.store.database import Database
+from flatmount.store.disk import Disk
+from flatmount.store.unpack import Limits, Unpacked, unpack
+
+_ATTEMPTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Progressed:
+    """How far an import is: layer `layer` of `layers`, counted from 1, and its compressed bytes."""
+
+    layer: int
+    layers: int
+    digest: str
+    done_bytes: int
+    total_bytes: int
+
+
+Progress = Callable[[Progressed], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """A layer of the image that is being imported: in the store already, or new and still in staging."""
+
+    number: int
+    diff_id: str
+    parent_chain: str
+    unpacked: Unpacked | None
+    repeated: bool
+
+    @property
+    def path(self) -> str:
+        return f"layers/{self.number}" if self.unpacked is None else f"staging/{self.number}"
+
+
+class _Vanished(Exception):
+    """A layer that was to be shared was removed meanwhile."""
+
+
+def import_image(
+    disk: Disk, database: Database, image: ImageSource, name: str | None, progress: Progress | None
+) -> None:
+    """Make `image` part of the store, under `name` if there is one. Raises: BadImage, StoreError."""
+    with disk.working():
+        for attempt in range(_ATTEMPTS):
+            run = _Import(disk, database, image, progress)
+            try:
+                run.stage()
+                run.commit(name)
+                return
+            except _Vanished:
+                run.undo()
+                if attempt + 1 == _ATTEMPTS:
+                    raise FlatmountError(
+                        "layers are being removed as fast as they are imported", hint="try again"
+                    ) from None
+            except BaseException:
+                run.undo()
+                raise
+
+
+class _Import:
+    def __init__(self, disk: Disk, database: Database, image: ImageSource, progress: Progress | None) -> None:
+        self._disk = disk
+        self._database = database
+        self._image = image
+        self._progress = progress
+        self._chain = digests.chain_ids(image.config.diff_ids)
+        self._placed: list[_Placed] = []
+        self._numbers: list[int] = []
+
+    def stage(self) -> None:
+        """Unpack what the store does not have. Lower layers first: upper ones are resolved against them."""
+        diff_ids = self._image.config.diff_ids
+        used: set[int] = set()
+        for position, diff_id in enumerate(diff_ids):
+            parent = self._chain[position - 1] if position else ""
+            repeated = diff_id in diff_ids[:position]
+            number = self._find(diff_id, parent, used)
+            if number is None:
+                if not self._numbers:
+                    self._numbers = list(self._database.next_numbers(len(diff_ids) - position))
+                number = self._numbers[len([p for p in self._placed if p.unpacked])]
+                unpacked = self._unpack(position, number)
+            else:
+                unpacked = None
+            used.add(number)
+            self._placed.append(_Placed(number, diff_id, parent, unpacked, repeated))
+
+    def _find(self, diff_id: str, parent: str, used: set[int]) -> int | None:
+        with self._database.reading() as db:
+            rows = db.execute(
+                "SELECT number FROM layers WHERE diff_id = ? AND (parent_chain IS NULL OR parent_chain = ?)",
+                (diff_id, parent),
+            ).fetchall()
+        # overlayfs refuses one directory as two of its layers, so that a repeated layer gets a tree of its
+        # own.
+        return next((number for (number,) in rows if number not in used), None)
+
+    def _unpack(self, position: int, number: int) -> Unpacked:
+        descriptor = self._image.manifest.layers[position]
+        diff_id = self._image.config.diff_ids[position]
+        label = f"layer {descriptor.digest}"
+        try:
+            stream = LayerStream(
+                self._image.open_layer(position), descriptor, diff_id, self._reporter(position)
+            )
+            try:
+                return self._unpack_stream(stream, number, diff_id)
+            except BadImage:
+                # A damaged blob makes strange archives: say that it is damaged, if it is.
+                stream.check_blob()
+                raise
+            finally:
+                stream.close()
+        except FlatmountError as error:
+            raise type(error)(f"{label}: {error}", hint=error.hint) from error
+        except OSError as error:
+            raise from_os_error(error, f"{label}: unpack") from error
+
+    def _unpack_stream(self, stream: LayerStream, number: int, diff_id: str) -> Unpacked:
+        os.mkdir(f"staging/{number}", 0o700, dir_fd=self._disk.data_fd)
+        target = os.open(
+            f"staging/{number}",
+            os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
+            dir_fd=self._disk.data_fd,
+        )
+        try:
+            below = Below(self._disk.data_fd, [placed.path for placed in reversed(self._placed)])
+            unpacked = unpack(
+                TarReader(stream.read), target, below, Limits(total_bytes=self._disk.free_bytes())
+            )
+        finally:
+            os.close(target)
+        stream.finish()
+        fd = self._disk.create_entries(number)
+        try:
+            entries.write(fd, diff_id, unpacked.entries.items())
+        finally:
+            os.close(fd)
+        return unpacked
+
+    def _reporter(self, position: int) -> Callable[[int], None] | None:
+        progress, layers = self._progress, self._image.manifest.layers
+        if progress is None:
+            return None
+        layer = layers[position]
+        return lambda done: progress(Progressed(position + 1, len(layers), layer.digest, done, layer.size))
+
+    def commit(self, name: str | None) -> None:
+        """Make it durable, then visible."""
+        new = [placed.number for placed in self._placed if placed.unpacked]
+        try:
+            self._disk.sync()
+            self._disk.publish("layers", new)
+        except OSError as error:
+            raise from_os_error(error, "keep the image") from error
+        with self._database.transaction() as db:
+            numbers = [self._book_layer(db, placed) for placed in self._placed]
+            self._book_image(db, numbers, name)
+        for number in set(new) - set(numbers):
+            self._discard(number)
+
+    def _book_layer(self, db: sqlite3.Connection, placed: _Placed) -> int:
+        """The layer's number from now on: another one, when somebody else was faster with the same layer."""
+        unpacked = placed.unpacked
+        if unpacked is None:
+            if db.execute("SELECT 1 FROM layers WHERE number = ?", (placed.number,)).fetchone() is None:
+                raise _Vanished
+            return placed.number
+        parent = placed.parent_chain if unpacked.dependent or placed.repeated else None
+        row = db.execute(
+            "SELECT number FROM layers WHERE diff_id = ? AND ifnull(parent_chain, 'any') = ifnull(?, 'any')",
+            (placed.diff_id, parent),
+        ).fetchone()
+        if row is not None:
+            return int(row[0])
+        root = unpacked.root
+        db.execute(
+            "INSERT INTO layers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                placed.number,
+                placed.diff_id,
+                parent,
+                len(unpacked.entries),
+                unpacked.files,
+                unpacked.size_bytes,
+                unpacked.dropped_xattrs,
+                json.dumps([unpacked.owners.uids, unpacked.owners.gids]),
+                None if root is None else json.dumps([root.mode, root.uid, root.gid, root.mtime_ns]),
+            ),
+        )
+        return placed.number
+
+    def _book_image(self, db: sqlite3.Connection, numbers: list[int], name: str | None) -> None:
+        manifest = self._image.manifest
+        documents = ((manifest.digest, manifest.raw), (manifest.config.digest, self._image.config_raw))
+        db.executemany("INSERT OR IGNORE INTO documents VALUES (?, ?)", documents)
+        added = db.execute(
+            "INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)",
+            (manifest.digest, manifest.config.digest, self._chain[-1], time.time_ns()),
+        ).rowcount
+        if added:
+            db.executemany(
+                "INSERT INTO image_layers VALUES (?, ?, ?)",
+                [(manifest.digest, position, number) for position, number in enumerate(numbers)],
+            )
+        if name is not None:
+            db.execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (name, manifest.digest))
+
+    def undo(self) -> None:
+        """Leave the store as it was. Nothing of this is in the book."""
+        for number in self._numbers:
+            self._discard(number)
+
+    def _discard(self, number: int) -> None:
+        self._disk.discard(f"staging/{number}")
+        self._disk.discard(f"layers/{number}")
+        self._disk.drop_entries(number)

@@ -1,0 +1,460 @@
+"""The store: images on disk, for any number of processes at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Callable
+from typing import Self
+
+from flatmount.errors import FlatmountError, InUse, StoreError, UnknownImage, UsageError, from_os_error
+from flatmount.image import ImageSource, open_source
+from flatmount.image import digest as digests
+from flatmount.image.model import image_config
+from flatmount.kernel.tree import Flattened, RemovedTree, copy_tree, flatten
+from flatmount.plan.mapping import Mapping
+from flatmount.store.database import Database
+from flatmount.store.disk import TREES, Disk
+from flatmount.store.importing import Progress, import_image
+from flatmount.store.model import Holder, Owners, Removed, RootAttributes, Span, StoredImage, StoredLayer
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,254}\Z")
+_DIGEST_PREFIX = re.compile(r"(?:sha256:)?[0-9a-f]{4,64}\Z")
+
+
+class Store:
+    """An open store. A context manager; its methods may be called from any thread.
+
+    Two processes may use one store at once: what one does is visible to the other when it is complete and on
+    disk.
+    """
+
+    def __init__(self, disk: Disk, database: Database) -> None:
+        self._disk = disk
+        self._database = database
+
+    @classmethod
+    def open(cls, root: str, *, create: bool = False) -> Store:
+        """Open the store at `root`, or make it there with `create`.
+
+        What a killed process left half done is taken away. A store of a newer schema can be read and not changed.
+
+        Raises: StoreError.
+        """
+        disk = Disk.open(os.path.abspath(root), create=create)
+        path = os.path.join(disk.base, "state.db")
+        try:
+            if not create and not os.path.exists(path):
+                raise StoreError(
+                    f"there is no store at {root}", hint="import an image first, or name another --root"
+                )
+            store = cls(disk, Database.create(path) if create else Database(path))
+        except OSError as error:
+            disk.close()
+            raise from_os_error(error, "open the store") from error
+        except BaseException:
+            disk.close()
+            raise
+        store._sweep()
+        return store
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the book and the descriptors."""
+        self._database.close()
+        self._disk.close()
+
+    @property
+    def root(self) -> str:
+        """The store's directory."""
+        return self._disk.root
+
+    @property
+    def data(self) -> str:
+        """The absolute path of the directory that layers' and flat trees' paths are relative to."""
+        return self._disk.data
+
+    @property
+    def data_fd(self) -> int:
+        """A descriptor of `data`, which stays the store's."""
+        return self._disk.data_fd
+
+    # Images.
+
+    def import_image(
+        self, source: str, *, name: str | None = None, progress: Progress | None = None
+    ) -> StoredImage:
+        """Import the image at `source`, PATH or PATH:NAME, under `name` or the name that it brings along.
+
+        Both digests of every layer are verified and everything is on disk before the image is visible; a
+        failure leaves the store as it was. A name that another image has moves to this one.
+
+        Raises: BadImage, StoreError, UsageError for a name that is none.
+        """
+        if name is not None:
+            check_name(name)
+        image = open_source(source)
+        try:
+            return self.import_from(image, name=name or _usable(image.name), progress=progress)
+        finally:
+            image.close()
+
+    def import_from(
+        self, image: ImageSource, *, name: str | None = None, progress: Progress | None = None
+    ) -> StoredImage:
+        """As `import_image`, from an open source, which stays the caller's."""
+        digest = image.manifest.digest
+        with self._database.reading() as db:
+            there = db.execute("SELECT 1 FROM images WHERE digest = ?", (digest,)).fetchone()
+        if there is None:
+            import_image(self._disk, self._database, image, name, progress)
+        elif name is not None:
+            self._rename(digest, name)
+        with self._database.reading() as db:
+            return self._load(db, digest, name)
+
+    def images(self) -> tuple[StoredImage, ...]:
+        """All images, once for each name, in the order of their import."""
+        with self._database.reading() as db:
+            rows = db.execute(
+                "SELECT digest, name FROM images LEFT JOIN names ON image = digest"
+                " ORDER BY imported_ns, digest, name"
+            ).fetchall()
+            return tuple(self._load(db, digest, name) for digest, name in rows)
+
+    def image(self, reference: str) -> StoredImage:
+        """The image that a name, a digest, or the beginning of exactly one digest stands for.
+
+        Raises: UnknownImage.
+        """
+        with self._database.reading() as db:
+            digest, name = self._resolve(db, reference)
+            return self._load(db, digest, name)
+
+    def remove_image(self, reference: str) -> Removed:
+        """Remove a name, and the image with its last one; a digest removes the image with all its names.
+
+        Layers that other images share stay. Trees are moved out of sight first and deleted after.
+
+        Raises: UnknownImage; InUse, while somebody holds the image.
+        """
+        with self._disk.working():
+            with self._database.transaction() as db:
+                digest, name = self._resolve(db, reference)
+                names = tuple(
+                    row[0] for row in db.execute("SELECT name FROM names WHERE image = ?", (digest,))
+                )
+                by_name = name == reference
+                if by_name and len(names) > 1:
+                    db.execute("DELETE FROM names WHERE name = ?", (name,))
+                    return Removed((reference,), (), 0, 0, 0)
+                self._refuse_held(db, digest, reference)
+                db.execute("DELETE FROM images WHERE digest = ?", (digest,))
+                trees = _unused(db)
+            return self._take_away(names, digest, trees)
+
+    def _take_away(
+        self, names: tuple[str, ...], digest: str, trees: list[str], documents: set[str]
+    ) -> Removed:
+        """What the book no longer knows. A kill from here on leaves it to the next sweep."""
+        gone = [RemovedTree(0, 0)]
+        try:
+            for tree in trees:
+                gone.append(self._disk.discard(tree))
+                kind, _, number = tree.partition("/")
+                if kind == "layers":
+                    self._disk.drop_entries(int(number))
+        except OSError as error:
+            raise from_os_error(error, "delete what was removed, in the store's trash,") from error
+        return Removed(
+            names=names,
+            images=(digest,),
+            layers=sum(tree.startswith("layers/") for tree in trees),
+            entries=sum(tree.entries for tree in gone),
+            size_bytes=sum(tree.size_bytes for tree in gone),
+        )
+
+    def _refuse_held(self, db: sqlite3.Connection, digest: str, reference: str) -> None:
+        holders = [
+            row[0]
+            for row in db.execute("SELECT holder FROM leases WHERE image = ? ORDER BY holder", (digest,))
+        ]
+        if holders:
+            more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
+            raise InUse(
+                f"image {reference} is used by {', '.join(holders[:3])}{more}",
+                hint="unmount what uses it first",
+            )
+
+    # Trees.
+
+    def ensure_flat(self, image: StoredImage) -> str:
+        """The image's flat tree, as a path relative to `data`. Built when there is none; others wait for it.
+
+        It begins with the flat tree of the longest chain beneath that has one. Raises: StoreError,
+        UnknownImage.
+        """
+        found = self._flat(image.chain_id)
+        if found is None:
+            with self._disk.building():
+                found = self._flat(image.chain_id) or self._build_flat(image)
+        return found
+
+    def flat_tree(self, image: StoredImage) -> str | None:
+        """The image's flat tree, relative to `data`, or None while there is none."""
+        return self._flat(image.chain_id)
+
+    def ensure_shifted(self, image: StoredImage, mapping: Mapping) -> str:
+        """A copy of the flat tree whose owners are the host's ids of `mapping`, as a path relative to `data`.
+
+        Raises: MappingError, StoreError, UnknownImage.
+        """
+        image.owners.require(mapping)
+        flat = self.ensure_flat(image)
+        with self._disk.building():
+            return self._shifted(image.chain_id, mapping) or self._build_shifted(image, flat, mapping)
+
+    def _flat(self, chain_id: str) -> str | None:
+        with self._database.reading() as db:
+            row = db.execute("SELECT number FROM flats WHERE chain_id = ?", (chain_id,)).fetchone()
+        return None if row is None else f"flat/{row[0]}"
+
+    def _shifted(self, chain_id: str, mapping: Mapping) -> str | None:
+        with self._database.reading() as db:
+            row = db.execute(
+                "SELECT number FROM shifted WHERE chain_id = ? AND mapping = ?", (chain_id, str(mapping))
+            ).fetchone()
+        return None if row is None else f"shifted/{row[0]}"
+
+    def _build_flat(self, image: StoredImage) -> str:
+        sources, root_source = self._flat_sources(image)
+        counts: list[Flattened] = []
+
+        def build(target: str) -> None:
+            counts.append(flatten(self._disk.data_fd, sources, target, root_source=root_source))
+
+        def book(db: sqlite3.Connection, number: int) -> None:
+            (made,) = counts
+            db.execute(
+                "INSERT INTO flats VALUES (?, ?, ?, ?, ?)",
+                (number, image.chain_id, made.directories, made.links, made.copies),
+            )
+
+        return self._build("flat", image, build, book)
+
+    def _flat_sources(self, image: StoredImage) -> tuple[list[str], int | None]:
+        """Topmost first: the layers above the longest chain that is flat already, and that one."""
+        chain = digests.chain_ids(tuple(layer.diff_id for layer in image.layers))
+        with self._database.reading() as db:
+            given = {
+                f"layers/{row[0]}" for row in db.execute("SELECT number FROM layers WHERE root IS NOT NULL")
+            }
+        sources: list[str] = []
+        for layer, chain_id in zip(reversed(image.layers), reversed(chain), strict=True):
+            flat = self._flat(chain_id)
+            if flat is not None:
+                sources.append(flat)
+                given.add(flat)
+                break
+            sources.append(layer.path)
+        return sources, next((at for at, source in enumerate(sources) if source in given), None)
+
+    def _build_shifted(self, image: StoredImage, flat: str, mapping: Mapping) -> str:
+        def build(target: str) -> None:
+            os.mkdir(target, 0o700, dir_fd=self._disk.data_fd)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            from_fd = os.open(flat, flags, dir_fd=self._disk.data_fd)
+            try:
+                to_fd = os.open(target, flags, dir_fd=self._disk.data_fd)
+                try:
+                    copy_tree(from_fd, to_fd, mapping)
+                finally:
+                    os.close(to_fd)
+            finally:
+                os.close(from_fd)
+
+        def book(db: sqlite3.Connection, number: int) -> None:
+            db.execute("INSERT INTO shifted VALUES (?, ?, ?)", (number, image.chain_id, str(mapping)))
+
+        return self._build("shifted", image, build, book)
+
+    def _build(
+        self,
+        kind: str,
+        image: StoredImage,
+        build: Callable[[str], None],
+        book: Callable[[sqlite3.Connection, int], None],
+    ) -> str:
+        """Build a tree in staging, then make it durable, then visible."""
+        (number,) = self._database.next_numbers(1)
+        try:
+            build(f"staging/{number}")
+            self._disk.sync()
+            self._disk.publish(kind, [number])
+            with self._database.transaction() as db:
+                if (
+                    db.execute("SELECT 1 FROM images WHERE chain_id = ?", (image.chain_id,)).fetchone()
+                    is None
+                ):
+                    raise UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
+                book(db, number)
+        except BaseException as error:
+            self._disk.discard(f"staging/{number}")
+            self._disk.discard(f"{kind}/{number}")
+            if isinstance(error, OSError):
+                raise from_os_error(error, f"build the {kind} tree of {image.digest}:") from error
+            raise
+        return f"{kind}/{number}"
+
+    # Leases.
+
+    def hold(self, image: StoredImage, holder: str) -> None:
+        """Keep `image` until `holder` releases it. On disk when this returns; twice is once.
+
+        Raises: UnknownImage, when it was removed meanwhile.
+        """
+        with self._database.transaction() as db:
+            if db.execute("SELECT 1 FROM images WHERE digest = ?", (image.digest,)).fetchone() is None:
+                raise UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
+            db.execute(
+                "INSERT OR IGNORE INTO leases VALUES (?, ?, ?)", (holder, image.digest, time.time_ns())
+            )
+
+    def release(self, holder: str) -> None:
+        """Give back everything that `holder` holds. Nothing held is no error."""
+        with self._database.transaction() as db:
+            db.execute("DELETE FROM leases WHERE holder = ?", (holder,))
+
+    def holders(self) -> tuple[Holder, ...]:
+        """Who holds what, in the order of time."""
+        with self._database.reading() as db:
+            rows = db.execute(
+                "SELECT holder, image, since_ns FROM leases ORDER BY since_ns, holder"
+            ).fetchall()
+        return tuple(Holder(*row) for row in rows)
+
+    # Within.
+
+    def _sweep(self) -> None:
+        """What cannot be swept now, for want of rights or because somebody works, waits for the next one."""
+        if self._database.newer or not os.access(self._disk.base, os.W_OK):
+            return
+        try:
+            with self._disk.alone() as alone:
+                if alone:
+                    with self._database.reading() as db:
+                        known = {
+                            kind: {row[0] for row in db.execute(f"SELECT number FROM {table}")}
+                            for kind, table in zip(TREES, ("layers", "flats", "shifted"), strict=True)
+                        }
+                    self._disk.sweep(known)
+        except OSError as error:
+            self.close()
+            raise from_os_error(error, "look through the store:") from error
+
+    def _rename(self, digest: str, name: str) -> None:
+        with self._database.transaction() as db:
+            db.execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (name, digest))
+
+    def _resolve(self, db: sqlite3.Connection, reference: str) -> tuple[str, str | None]:
+        row = db.execute("SELECT image FROM names WHERE name = ?", (reference,)).fetchone()
+        if row is not None:
+            return str(row[0]), reference
+        if not _DIGEST_PREFIX.match(reference):
+            raise UnknownImage(
+                f"there is no image {reference!r}", hint="`flatmount image list` shows what there is"
+            )
+        prefix = f"sha256:{reference.removeprefix('sha256:')}"
+        rows = db.execute(
+            "SELECT digest FROM images WHERE substr(digest, 1, ?) = ? LIMIT 2", (len(prefix), prefix)
+        ).fetchall()
+        if not rows:
+            raise UnknownImage(
+                f"there is no image {reference!r}", hint="`flatmount image list` shows what there is"
+            )
+        if len(rows) > 1:
+            raise UnknownImage(f"{reference!r} begins more than one digest", hint="give more of it")
+        digest = str(rows[0][0])
+        named = db.execute(
+            "SELECT name FROM names WHERE image = ? ORDER BY name LIMIT 1", (digest,)
+        ).fetchone()
+        return digest, None if named is None else str(named[0])
+
+    def _load(self, db: sqlite3.Connection, digest: str, name: str | None) -> StoredImage:
+        config_digest, chain_id, config = db.execute(
+            "SELECT config_digest, chain_id, content FROM images"
+            " JOIN documents ON documents.digest = config_digest WHERE images.digest = ?",
+            (digest,),
+        ).fetchone()
+        rows = db.execute(
+            "SELECT number, diff_id, entries, files, size_bytes, dropped_xattrs, owners, root"
+            " FROM image_layers JOIN layers ON number = layer WHERE image = ? ORDER BY position",
+            (digest,),
+        ).fetchall()
+        owners = Owners(((0, 0),), ((0, 0),))
+        root = RootAttributes()
+        for *_, layer_owners, layer_root in rows:
+            owners = owners.union(Owners(*map(_spans, json.loads(layer_owners))))
+            root = RootAttributes(*json.loads(layer_root)) if layer_root is not None else root
+        return StoredImage(
+            name=name,
+            digest=digest,
+            config=image_config(config, f"config {config_digest}"),
+            layers=tuple(StoredLayer(row[1], f"layers/{row[0]}", row[2], row[4]) for row in rows),
+            chain_id=chain_id,
+            files=sum(row[3] for row in rows),
+            root=root,
+            owners=owners,
+            dropped_xattrs=sum(row[5] for row in rows),
+        )
+
+
+def check_name(name: str) -> None:
+    """Raises: UsageError for what cannot be an image's name, a digest among them."""
+    if not _NAME.match(name) or _DIGEST_PREFIX.match(name) or name.startswith("sha256:"):
+        raise UsageError(
+            f"{name[:100]!r} cannot be an image's name",
+            hint="use letters, digits and ._/:@+-, and nothing that looks like a digest",
+        )
+
+
+def _usable(name: str | None) -> str | None:
+    """The name that an image brings along, unless it is none; nobody asked for it."""
+    try:
+        if name is not None:
+            check_name(name)
+    except FlatmountError:
+        return None
+    return name
+
+
+def _spans(pairs: list[list[int]]) -> tuple[Span, ...]:
+    return tuple((first, last) for first, last in pairs)
+
+
+def _unused(db: sqlite3.Connection) -> list[str]:
+    """Take what no image needs any more out of the book; returns the trees, which are still on disk."""
+    db.execute(
+        "DELETE FROM documents WHERE digest NOT IN"
+        " (SELECT digest FROM images UNION SELECT config_digest FROM images)"
+    )
+    queries = (
+        (
+            "layers",
+            "DELETE FROM layers WHERE number NOT IN (SELECT layer FROM image_layers) RETURNING number",
+        ),
+        ("flat", "DELETE FROM flats WHERE chain_id NOT IN (SELECT chain_id FROM images) RETURNING number"),
+        (
+            "shifted",
+            "DELETE FROM shifted WHERE chain_id NOT IN (SELECT chain_id FROM images) RETURNING number",
+        ),
+    )
+    return [f"{kind}/{number}" for kind, query in queries for (number,) in db.execute(query).fetchall()]
