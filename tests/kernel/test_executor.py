@@ -1,0 +1,169 @@
+"""The executor on real mounts: what it does, what it says when the kernel refuses, what it leaves."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from flatmount.errors import OperationFailed
+from flatmount.kernel import _native
+from flatmount.kernel.executor import Executable, adopt_thread, run_once
+from flatmount.kernel.mounts import MountEvents, mount_count
+from flatmount.plan import MountPlan, Parameter, Slot
+from flatmount.plan import operations as op
+
+CONTEXT = Slot("context")
+TREE = Slot("tree")
+
+
+def test_runs_every_operation_and_times_it(ram: Path) -> None:
+    plan = MountPlan((op.Mkdir((Parameter.TARGET,)), op.Mount("x", (Parameter.TARGET,), "tmpfs"), op.Unmount((Parameter.TARGET,)), op.Rmdir((Parameter.TARGET,))))  # fmt: skip
+    with MountEvents() as events:
+        outcome = run_once(plan, {}, {Parameter.TARGET: str(ram / "here")})
+        counted = events.counts()
+    assert (outcome.done, outcome.mount_operations) == (4, 2)
+    assert (counted.attached, counted.detached) == (1, 1)
+    assert len(outcome.nanoseconds) == 4
+    assert all(outcome.nanoseconds)
+
+
+def test_a_failure_is_undone_and_names_the_operation_and_the_kernels_word(ram: Path) -> None:
+    here = str(ram / "here")
+    plan = MountPlan(
+        (
+            op.Mkdir(here),
+            op.Mount("x", here, "tmpfs"),
+            op.FsOpen(CONTEXT, "overlay"),
+            op.FsConfigString(CONTEXT, "lowerdir", "/does/not/exist"),
+            op.FsConfigCreate(CONTEXT),
+        )
+    )
+    before = mount_count()
+    with pytest.raises(OperationFailed) as refusal:
+        run_once(plan)
+    assert mount_count() == before
+    assert not os.path.exists(here)
+    failure = refusal.value
+    assert failure.operation.startswith("fsconfig")
+    assert "of 5" in str(failure)
+    assert "does/not/exist" in failure.kernel_message
+    assert failure.kernel_message in str(failure)
+
+
+def test_the_kernels_message_is_that_of_the_failure(ram: Path) -> None:
+    with pytest.raises(OperationFailed, match="bogus") as refusal:
+        run_once(MountPlan((op.FsOpen(CONTEXT, "overlay"), op.FsConfigFlag(CONTEXT, "bogus"))))
+    assert refusal.value.position == 1
+
+
+@pytest.mark.parametrize("succeeds", [True, False])
+def test_every_slot_is_closed_but_outputs(ram: Path, succeeds: bool) -> None:
+    before = set(os.listdir("/proc/self/fd"))
+    target = str(ram) if succeeds else "/does/not/exist"
+    plan = MountPlan((op.OpenTree(TREE, str(ram)), op.Open(Slot("other"), target)), outputs=(TREE,))
+    if succeeds:
+        outcome = run_once(plan)
+        assert len(set(os.listdir("/proc/self/fd")) - before) == 1
+        os.close(outcome.outputs[0])
+    else:
+        with pytest.raises(OperationFailed):
+            run_once(plan)
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_an_undoing_goes_on_and_reports_its_first_failure(ram: Path) -> None:
+    (ram / "a").mkdir()
+    plan = MountPlan(
+        (op.Unmount(str(ram / "a")), op.Rmdir(str(ram / "missing")), op.Rmdir(str(ram / "a"))), keep_going=True
+    )
+    outcome = run_once(plan)
+    assert outcome.failure is not None
+    assert outcome.failure.operation == "umount2"
+    assert outcome.done == 1
+    assert not (ram / "a").exists()
+
+
+def test_relative_strings_do_not_move_the_callers_directory(ram: Path) -> None:
+    (ram / "inner").mkdir()
+    plan = Executable(MountPlan((op.Open(TREE, str(ram)), op.Fchdir(TREE), op.Mkdir("made"), op.Rmdir("made"))))
+    here = os.getcwd()
+    assert plan.run({}, {}).done == 4
+    assert os.getcwd() == here
+
+    seen: list[object] = []
+
+    def adopted() -> None:
+        adopt_thread()
+        seen.append(plan.run({}, {}).done)
+        seen.append(os.getcwd())
+
+    thread = threading.Thread(target=adopted)
+    thread.start()
+    thread.join()
+    assert seen == [4, "/"]
+    assert os.getcwd() == here
+
+
+def test_a_target_that_is_a_symbolic_link_is_not_followed(ram: Path) -> None:
+    (ram / "real").mkdir()
+    (ram / "link").symlink_to("real")
+    with pytest.raises(OperationFailed, match="not a directory") as refusal:
+        run_once(MountPlan((op.OpenTree(TREE, str(ram / "real")), op.MoveMount(TREE, str(ram / "link")))))
+    assert refusal.value.hint
+
+
+def test_options_that_mount_would_cut_are_refused(ram: Path) -> None:
+    long = "lowerdir=" + ":".join(str(ram) for _ in range(600))
+    with pytest.raises(OperationFailed, match="E2BIG"):
+        run_once(MountPlan((op.Mount("x", str(ram), "overlay", data=long),)))
+
+
+def test_a_string_longer_than_the_arena_is_an_error_not_an_overrun() -> None:
+    plan = MountPlan((op.Mkdir((Parameter.TARGET, "/x")),))
+    with pytest.raises(OperationFailed, match="ENAMETOOLONG"):
+        run_once(plan, {}, {Parameter.TARGET: "/" + "a" * 40000})
+
+
+RECORD = 32
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (b"x" * 31, b"\0", 0, 0, 0, 0, ()),
+        (b"\xff" * RECORD, b"\0", 0, 0, 0, 0, ()),
+        (b"\0" * RECORD, b"no end", 0, 0, 0, 0, ()),
+        (b"", b"\0", 100, 0, 0, 0, ()),
+        (b"", b"\0", 1, 2, 0, 0, ()),
+        (b"", b"\0", 1, 1, 0, 0, (0,)),
+        (b"\x11\0" + b"\x05\0" * 3 + b"\0" * 24, b"\0", 1, 0, 0, 0, ()),
+    ],
+)
+def test_a_program_that_is_not_well_formed_is_refused(
+    arguments: tuple[bytes, bytes, int, int, int, int, tuple[int, ...]],
+) -> None:
+    with pytest.raises(ValueError, match="well-formed|slot of its own"):
+        _native.Program(*arguments)
+
+
+def test_many_threads_run_one_program_at_once(ram: Path) -> None:
+    plan = Executable(MountPlan((op.Mkdir((Parameter.TARGET,)), op.Rmdir((Parameter.TARGET,)))))
+    failures: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for i in range(200):
+                plan.run({}, {Parameter.TARGET: f"{ram}/{number}-{i}"})
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert not os.listdir(ram)

@@ -1,0 +1,213 @@
+"""Root file systems by every strategy, seen from inside their user namespace."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+from pathlib import Path
+
+import pytest
+
+from flatmount.errors import FlatmountError, InUse, OperationFailed
+from flatmount.kernel.mounts import MountEvents, mount_count
+from flatmount.kernel.namespaces import user_namespace
+from flatmount.kernel.start import check_start
+from flatmount.plan.facts import HostFacts
+from flatmount.plan.mapping import Mapping
+from flatmount.rootfs.assembler import Assembler
+from flatmount.rootfs.ranges import RangePool
+from flatmount.strategies import Attach, RootDirectory, RootfsSpec, Upper
+
+MAPPING = Mapping.single(200000)
+STRATEGIES = ("per-layer", "common-parent", "detached", "flat")
+
+
+def specification(**changes: object) -> RootfsSpec:
+    base = RootfsSpec(("layers/1", "layers/2", "layers/3"), flat="flat/1", make_target=True)
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def assembler(data: Path, facts: HostFacts, strategy: str, **changes: object) -> Assembler:
+    spec = specification(**changes)
+    uppers = data / "uppers" if spec.upper is not Upper.ELSEWHERE else data.parent / "elsewhere"
+    uppers.mkdir(exist_ok=True)
+    pool = RangePool(str(data), facts)
+    return Assembler(spec, strategy, pool, uppers=str(uppers), scratch=f"{data.parent}/tmp/ovl-", ephemeral=True)
+
+
+def tree(path: Path) -> dict[str, tuple[int, int, int, bytes | None]]:
+    found = {}
+    for directory, names, files in os.walk(path):
+        for name in (*names, *files):
+            here = Path(directory, name)
+            seen = here.lstat()
+            content = here.read_bytes() if name in files else None
+            found[str(here.relative_to(path))] = (seen.st_mode, seen.st_uid, seen.st_gid, content)
+    return found
+
+
+@pytest.fixture(params=["6.15 and later", "before 6.15"])
+def either(request: pytest.FixtureRequest, facts: HostFacts) -> HostFacts:
+    """This kernel, and one whose overlayfs takes no detached layers."""
+    return facts if request.param == "6.15 and later" else dataclasses.replace(facts, detached_layers=False)
+
+
+@pytest.mark.parametrize("upper", [Upper.STORE, Upper.ELSEWHERE])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_container_sees_its_image_and_writes_only_to_its_upper(
+    data: Path, either: HostFacts, strategy: str, upper: Upper
+) -> None:
+    before = tree(data / "layers"), tree(data / "flat")
+    target = data.parent / "targets/one"
+    made = assembler(data, either, strategy, upper=upper)
+    rootfs = made.assemble(MAPPING, "one", str(target))
+    namespace = user_namespace(MAPPING)
+    seen = check_start(namespace, str(target), "/bin/tool", "/etc/new", most_bytes=64)
+    assert (seen.uid, seen.gid, seen.content, seen.written_uid) == (7, 8, b"tool\n", 0)
+    assert (target / "bin/tool").stat().st_uid == 200007
+    written = Path(made.uppers, "one/fs/etc/new").stat()
+    assert written.st_uid == (0 if made.ids.value == "container" else 200000)
+    assert (tree(data / "layers"), tree(data / "flat")) == before
+    rootfs.undo()
+    assert not target.exists()
+    assert not os.listdir(made.uppers)
+    assert not os.listdir(data.parent / "tmp")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_planned_executed_and_the_kernels_own_account_agree(data: Path, either: HostFacts, strategy: str) -> None:
+    made = assembler(data, either, strategy)
+    targets = [data.parent / f"targets/{i}" for i in range(10)]
+    with MountEvents() as events:
+        live = [made.assemble(Mapping.single(200000 + 65536 * i), f"c{i}", str(t)) for i, t in enumerate(targets)]
+        assembled = events.counts()
+        for rootfs in live:
+            rootfs.undo()
+        undone = events.counts()
+    planned = {"per-layer": 2 * (1 + 2 * 3) + 1, "common-parent": 7, "detached": 1, "flat": 1}[strategy]
+    assert made.plan.mount_operations == planned
+    assert [rootfs.outcome.mount_operations for rootfs in live] == [planned] * 10
+    assert assembled.attached + assembled.detached == planned * 10
+    assert undone.attached + undone.detached - assembled.attached - assembled.detached == 10
+
+
+@pytest.mark.parametrize("strategy", ["detached", "flat"])
+def test_the_hosts_table_holds_the_containers_mount_and_nothing_else(
+    data: Path, either: HostFacts, strategy: str
+) -> None:
+    before = mount_count()
+    made = assembler(data, either, strategy)
+    with made.assemble(MAPPING, "one", str(data.parent / "targets/one")):
+        assert mount_count() == before + 1
+    assert mount_count() == before
+
+
+@pytest.mark.parametrize("strategy", ["detached", "flat"])
+def test_attached_nowhere_it_is_a_descriptor_for_the_caller(data: Path, either: HostFacts, strategy: str) -> None:
+    before = mount_count()
+    made = assembler(data, either, strategy, attach=Attach.NONE)
+    rootfs = made.assemble(MAPPING, "one")
+    assert mount_count() == before
+    assert rootfs.descriptor is not None
+    assert sorted(os.listdir(rootfs.descriptor)) == ["bin", "etc"]
+    assert os.stat("bin/tool", dir_fd=rootfs.descriptor).st_uid == 200007
+    rootfs.undo()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_read_only_takes_no_upper_and_no_writing(data: Path, facts: HostFacts, strategy: str) -> None:
+    made = assembler(data, facts, strategy, upper=Upper.NONE)
+    target = data.parent / "targets/one"
+    with made.assemble(MAPPING, "one", str(target)):
+        assert (target / "bin/tool").stat().st_uid == 200007
+        if strategy in ("detached", "flat"):
+            with pytest.raises(FlatmountError, match="Read-only"):
+                check_start(user_namespace(MAPPING), str(target), "/bin/tool", "/new")
+        with pytest.raises(OSError, match="Read-only"):
+            (target / "new").write_text("")
+    assert not os.listdir(data / "uppers")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_upper_takes_on_the_root_directorys_attributes(data: Path, facts: HostFacts, strategy: str) -> None:
+    root = RootDirectory(mode=0o1751, uid=5, gid=6, mtime_ns=1_500_000_000_123_456_789)
+    target = data.parent / "targets/one"
+    with assembler(data, facts, strategy, root=root).assemble(MAPPING, "one", str(target)):
+        seen = target.stat()
+        assert (seen.st_mode & 0o7777, seen.st_uid, seen.st_gid) == (0o1751, 200005, 200006)
+        assert seen.st_mtime_ns == root.mtime_ns
+
+
+def test_two_maps_in_one_mapping(data: Path, facts: HostFacts) -> None:
+    mapping = Mapping.parse("0:300000:5,5:400000:100", "0:500000:65536")
+    target = data.parent / "targets/one"
+    with assembler(data, facts, "flat").assemble(mapping, "one", str(target)):
+        seen = (target / "bin/tool").stat()
+        assert (seen.st_uid, seen.st_gid) == (400002, 500008)
+
+
+def test_a_range_is_made_once_and_goes_when_nobody_holds_it(data: Path, facts: HostFacts) -> None:
+    made = assembler(data, facts, "flat")
+    first = made.assemble(MAPPING, "a", str(data.parent / "targets/a"))
+    second = made.assemble(MAPPING, "b", str(data.parent / "targets/b"))
+    assert first.range is second.range
+    assert user_namespace(MAPPING) is first.range.namespace
+    number = first.range.namespace.fileno()
+    first.undo()
+    second.undo()
+    made._pool.close()
+    del first, second, made
+    gc.collect()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(number)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_failure_leaves_nothing(data: Path, facts: HostFacts, strategy: str) -> None:
+    (data.parent / "targets/taken").mkdir()
+    before = mount_count()
+    made = assembler(data, facts, strategy)
+    with pytest.raises(OperationFailed, match="mkdir"):
+        made.assemble(MAPPING, "one", str(data.parent / "targets/taken"))
+    missing = assembler(data, facts, strategy, layers=("layers/1", "layers/9"), flat="flat/9")
+    with pytest.raises(OperationFailed, match="No such file"):
+        missing.assemble(MAPPING, "two", str(data.parent / "targets/two"))
+    assert mount_count() == before
+    assert os.listdir(data.parent / "targets") == ["taken"]
+    assert not os.listdir(data / "uppers")
+    assert not os.listdir(data.parent / "tmp")
+
+
+def test_somebody_elses_upper_survives_a_name_that_is_taken(data: Path, facts: HostFacts) -> None:
+    (data / "uppers/one/fs").mkdir(parents=True)
+    (data / "uppers/one/fs/precious").write_text("mine")
+    with pytest.raises(OperationFailed, match="EEXIST"):
+        assembler(data, facts, "flat").assemble(MAPPING, "one", str(data.parent / "targets/one"))
+    assert (data / "uppers/one/fs/precious").read_text() == "mine"
+
+
+def test_what_is_in_use_is_not_taken_apart(data: Path, facts: HostFacts) -> None:
+    target = data.parent / "targets/one"
+    rootfs = assembler(data, facts, "flat").assemble(MAPPING, "one", str(target))
+    held = os.open(target / "etc/passwd", os.O_RDONLY)
+    with pytest.raises(InUse, match="EBUSY"):
+        rootfs.undo()
+    assert (data / "uppers/one").exists()
+    assert (target / "etc/passwd").exists()
+    os.close(held)
+    rootfs.undo()
+    assert not (data / "uppers/one").exists()
+
+
+def test_hundreds_of_layers(data: Path, facts: HostFacts) -> None:
+    names = []
+    for i in range(500):
+        (data / f"layers/n{i}").mkdir()
+        (data / f"layers/n{i}/file{i}").write_text(str(i))
+        names.append(f"layers/n{i}")
+    for strategy in ("per-layer", "common-parent", "detached"):
+        made = assembler(data, facts, strategy, layers=tuple(names))
+        target = data.parent / "targets/one"
+        with made.assemble(MAPPING, "one", str(target)):
+            assert len(os.listdir(target)) == 500, strategy
