@@ -120,6 +120,7 @@ _HINTS: dict[tuple[str, int], str] = {
     ("fsconfig create", errno_names.EBUSY): "upper or work directory is in use by another overlay",
     ("fsconfig create", errno_names.EINVAL): "`flatmount probe` shows what overlayfs takes on this kernel",
     ("move_mount", errno_names.ENOSPC): "raise fs.mount-max: the mount table of this namespace is full",
+    ("move_mount", errno_names.EINVAL): "the target is a symbolic link, or in another mount namespace",
     ("move_mount", errno_names.ENOTDIR): "the target is not a directory (a symbolic link is not followed)",
     ("move_mount", errno_names.ENOENT): "the target does not exist",
     ("mount", errno_names.ENOSPC): "raise fs.mount-max: the mount table of this namespace is full",

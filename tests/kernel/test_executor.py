@@ -20,7 +20,8 @@ TREE = Slot("tree")
 
 
 def test_runs_every_operation_and_times_it(ram: Path) -> None:
-    plan = MountPlan((op.Mkdir((Parameter.TARGET,)), op.Mount("x", (Parameter.TARGET,), "tmpfs"), op.Unmount((Parameter.TARGET,)), op.Rmdir((Parameter.TARGET,))))  # fmt: skip
+    target: op.Text = (Parameter.TARGET,)
+    plan = MountPlan((op.Mkdir(target), op.Mount("x", target, "tmpfs"), op.Unmount(target), op.Rmdir(target)))
     with MountEvents() as events:
         outcome = run_once(plan, {}, {Parameter.TARGET: str(ram / "here")})
         counted = events.counts()
@@ -37,8 +38,8 @@ def test_a_failure_is_undone_and_names_the_operation_and_the_kernels_word(ram: P
             op.Mkdir(here),
             op.Mount("x", here, "tmpfs"),
             op.FsOpen(CONTEXT, "overlay"),
-            op.FsConfigString(CONTEXT, "lowerdir", "/does/not/exist"),
-            op.FsConfigCreate(CONTEXT),
+            op.FsConfigString(CONTEXT, "lowerdir+", here),
+            op.FsConfigString(CONTEXT, "xino", "nonsense"),
         )
     )
     before = mount_count()
@@ -49,7 +50,7 @@ def test_a_failure_is_undone_and_names_the_operation_and_the_kernels_word(ram: P
     failure = refusal.value
     assert failure.operation.startswith("fsconfig")
     assert "of 5" in str(failure)
-    assert "does/not/exist" in failure.kernel_message
+    assert failure.kernel_message == "overlay: Bad value for 'xino'"
     assert failure.kernel_message in str(failure)
 
 
@@ -110,9 +111,9 @@ def test_relative_strings_do_not_move_the_callers_directory(ram: Path) -> None:
 def test_a_target_that_is_a_symbolic_link_is_not_followed(ram: Path) -> None:
     (ram / "real").mkdir()
     (ram / "link").symlink_to("real")
-    with pytest.raises(OperationFailed, match="not a directory") as refusal:
+    with pytest.raises(OperationFailed, match="EINVAL") as refusal:
         run_once(MountPlan((op.OpenTree(TREE, str(ram / "real")), op.MoveMount(TREE, str(ram / "link")))))
-    assert refusal.value.hint
+    assert "symbolic link" in refusal.value.hint
 
 
 def test_options_that_mount_would_cut_are_refused(ram: Path) -> None:
@@ -145,7 +146,7 @@ RECORD = 32
 def test_a_program_that_is_not_well_formed_is_refused(
     arguments: tuple[bytes, bytes, int, int, int, int, tuple[int, ...]],
 ) -> None:
-    with pytest.raises(ValueError, match="well-formed|slot of its own"):
+    with pytest.raises(ValueError, match=r"well-formed|slot of its own"):
         _native.Program(*arguments)
 
 

@@ -110,7 +110,7 @@ def test_attached_nowhere_it_is_a_descriptor_for_the_caller(data: Path, either: 
     rootfs = made.assemble(MAPPING, "one")
     assert mount_count() == before
     assert rootfs.descriptor is not None
-    assert sorted(os.listdir(rootfs.descriptor)) == ["bin", "etc"]
+    assert sorted(os.listdir(f"/proc/self/fd/{rootfs.descriptor}")) == ["bin", "etc"]
     assert os.stat("bin/tool", dir_fd=rootfs.descriptor).st_uid == 200007
     rootfs.undo()
 

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from flatmount.cli.common import open_store, print_json, store_options
@@ -198,7 +199,7 @@ def _spans(spans: tuple[tuple[int, int], ...]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[at]) for row in (head, *rows)) for at in range(len(head))]
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

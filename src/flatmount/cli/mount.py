@@ -68,7 +68,6 @@ def _run(args: argparse.Namespace) -> int:
         print_json("mount", facts)
     else:
         plural = "" if done.mount_operations == 1 else "s"
-        print(
-            f"{record.target}  id {record.id}  strategy {record.strategy}, {done.mount_operations} mount operation{plural}"
-        )
+        made = f"strategy {record.strategy}, {done.mount_operations} mount operation{plural}"
+        print(f"{record.target}  id {record.id}  {made}")
     return EXIT_FINE

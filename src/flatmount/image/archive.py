@@ -70,9 +70,7 @@ def _choose(files: Files, name: str | None, where: str) -> dict[str, Any]:
     try:
         images = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise BadImage(
-            f"{where} is not JSON: {error}", hint="the archive is damaged or is not one"
-        ) from error
+        raise BadImage(f"{where} is not JSON: {error}", hint="the archive is damaged or is not one") from error
     if not isinstance(images, list) or not images or not all(isinstance(image, dict) for image in images):
         raise BadImage(f"{where} lists no images", hint="the archive is damaged or is not one")
     if name is not None:
@@ -117,9 +115,7 @@ def _required(files: Files, path: str) -> bytes:
 def _open(files: Files, path: str) -> BinaryIO:
     file = files.open(path)
     if file is None:
-        raise BadImage(
-            f"{files.where}: layer {path} is missing", hint="the archive is incomplete; save it again"
-        )
+        raise BadImage(f"{files.where}: layer {path} is missing", hint="the archive is incomplete; save it again")
     return file
 
 

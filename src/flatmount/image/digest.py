@@ -16,9 +16,7 @@ def checked(text: object, where: str) -> str:
     Raises: BadImage, naming `where` the digest was read.
     """
     if not isinstance(text, str) or not _DIGEST.match(text):
-        raise BadImage(
-            f"{where}: {str(text)[:100]!r} is not a sha256 or sha512 digest", hint="the image is malformed"
-        )
+        raise BadImage(f"{where}: {str(text)[:100]!r} is not a sha256 or sha512 digest", hint="the image is malformed")
     return text
 
 

@@ -65,9 +65,7 @@ class DirectoryFiles:
                 os.close(fd)
         if not stat.S_ISREG(os.fstat(last).st_mode):
             os.close(last)
-            raise BadImage(
-                f"{self.where}/{name} is not a plain file", hint="links and devices are not read here"
-            )
+            raise BadImage(f"{self.where}/{name} is not a plain file", hint="links and devices are not read here")
         return os.fdopen(last, "rb", buffering=0)
 
     def size(self, name: str) -> int | None:
@@ -110,9 +108,7 @@ class TarFiles:
         size = os.fstat(self._file.fileno()).st_size
         head = self._file.read(6)
         if head[:2] == b"\x1f\x8b" or head[:4] == b"\x28\xb5\x2f\xfd" or head == b"\xfd7zXZ\0":
-            raise BadImage(
-                f"{self.where} is compressed as a whole", hint="decompress it first (gunzip, zstd -d, unxz)"
-            )
+            raise BadImage(f"{self.where} is compressed as a whole", hint="decompress it first (gunzip, zstd -d, unxz)")
         if len(head) < 6:
             raise BadImage(
                 f"{self.where} is not an image: it has {len(head)} bytes",
@@ -123,15 +119,11 @@ class TarFiles:
         try:
             for count, entry in enumerate(reader):
                 if count > _MAX_MEMBERS:
-                    raise BadImage(
-                        f"{self.where}: more than {_MAX_MEMBERS} files", hint="this is not an image"
-                    )
+                    raise BadImage(f"{self.where}: more than {_MAX_MEMBERS} files", hint="this is not an image")
                 name = posixpath.normpath(os.fsdecode(entry.name))
                 if entry.kind is Kind.FILE and entry.extents is None:
                     if reader.data_offset + entry.stored > size:
-                        raise BadImage(
-                            f"{self.where} is truncated within {name}", hint="fetch or copy it again"
-                        )
+                        raise BadImage(f"{self.where} is truncated within {name}", hint="fetch or copy it again")
                     self._members[name] = _Member(reader.data_offset, entry.stored)
                     self._jump(reader, entry.stored)
                 elif entry.kind in (Kind.SYMLINK, Kind.LINK):

@@ -58,9 +58,7 @@ class LayerStream:
         try:
             piece = next(self._pieces, b"")
         except _DECODER_ERRORS as error:
-            raise BadImage(
-                f"cannot be decompressed: {error}", hint="fetch or copy the image again"
-            ) from error
+            raise BadImage(f"cannot be decompressed: {error}", hint="fetch or copy the image again") from error
         self._plain.update(piece)
         return piece
 

@@ -135,17 +135,13 @@ def manifest(raw: bytes, where: str) -> Manifest:
     """Read an image manifest. Raises: BadImage, also for artifacts that are no images."""
     value = document(raw, where)
     if value.get("schemaVersion") != 2:
-        raise BadImage(
-            f"{where}: schema version {value.get('schemaVersion')!r}", hint="only version 2 is an image"
-        )
+        raise BadImage(f"{where}: schema version {value.get('schemaVersion')!r}", hint="only version 2 is an image")
     if "manifests" in value:
         # CVE-2021-41190: a document that is manifest and index at once means two things to two readers.
         raise BadImage(f"{where} is an index and a manifest at once", hint="the image is malformed")
     config = descriptor(value.get("config"), f"{where}: config")
     if config.media_type not in CONFIGS:
-        raise BadImage(
-            f"{where}: config of type {config.media_type!r}", hint="this is an artifact, not an image"
-        )
+        raise BadImage(f"{where}: config of type {config.media_type!r}", hint="this is an artifact, not an image")
     layers = tuple(descriptor(item, f"{where}: layer") for item in _list(value, "layers", where))
     if len(layers) > MAX_LAYERS:
         raise BadImage(f"{where}: {len(layers)} layers", hint=f"at most {MAX_LAYERS} are read")
@@ -198,9 +194,7 @@ def image_config(raw: bytes, where: str) -> ImageConfig:
         workdir=_text(start, "WorkingDir", where),
         stop_signal=_text(start, "StopSignal", where),
         labels=_strings(start.get("Labels"), where),
-        diff_ids=tuple(
-            digests.checked(item, f"{where}: diff_ids") for item in _list(rootfs, "diff_ids", where)
-        ),
+        diff_ids=tuple(digests.checked(item, f"{where}: diff_ids") for item in _list(rootfs, "diff_ids", where)),
         created=_text(value, "created", where),
     )
 

@@ -103,20 +103,12 @@ def check_layers(manifest: model.Manifest, config: model.ImageConfig, where: str
         raise BadImage(f"{where} has no layers", hint="there is no root file system in it")
 
 
-def select(
-    candidates: tuple[model.Descriptor, ...], platform: model.Platform, where: str
-) -> model.Descriptor:
+def select(candidates: tuple[model.Descriptor, ...], platform: model.Platform, where: str) -> model.Descriptor:
     """The manifest for `platform` of an index. Raises: BadImage, with what there is instead."""
-    images = [
-        d
-        for d in candidates
-        if d.platform.os != "unknown" and d.media_type in model.MANIFESTS | model.INDEXES
-    ]
+    images = [d for d in candidates if d.platform.os != "unknown" and d.media_type in model.MANIFESTS | model.INDEXES]
     if len(images) == 1 and not images[0].platform.os:
         return images[0]
-    fitting = [
-        d for d in images if (d.platform.os, d.platform.architecture) == (platform.os, platform.architecture)
-    ]
+    fitting = [d for d in images if (d.platform.os, d.platform.architecture) == (platform.os, platform.architecture)]
     exact = [d for d in fitting if d.platform.variant == platform.variant] or fitting
     if exact:
         return exact[0]
@@ -127,23 +119,17 @@ def select(
 def _layout(files: Files, name: str | None, platform: model.Platform) -> LayoutImage:
     marker = read_document(files, "oci-layout", 1 << 16)
     if marker is None:
-        raise BadImage(
-            f"{files.where} has an index.json but no oci-layout file", hint="it is not an OCI image layout"
-        )
+        raise BadImage(f"{files.where} has an index.json but no oci-layout file", hint="it is not an OCI image layout")
     version = model.document(marker, f"{files.where}: oci-layout").get("imageLayoutVersion")
     if not isinstance(version, str) or version.split(".")[0] != "1":
         raise BadImage(f"{files.where}: image layout version {version!r}", hint="version 1 can be read")
-    top = model.index(
-        read_document(files, "index.json", model.DOCUMENT_BYTES) or b"", f"{files.where}: index.json"
-    )
+    top = model.index(read_document(files, "index.json", model.DOCUMENT_BYTES) or b"", f"{files.where}: index.json")
     chosen = _named(files, top, name, platform)
     ref_name = chosen.ref_name
     seen: set[str] = set()
     while chosen.media_type in model.INDEXES:
         if chosen.digest in seen or len(seen) == _NESTING:
-            raise BadImage(
-                f"{files.where}: index {chosen.digest} leads to itself", hint="the image is malformed"
-            )
+            raise BadImage(f"{files.where}: index {chosen.digest} leads to itself", hint="the image is malformed")
         seen.add(chosen.digest)
         inner = model.index(_blob(files, chosen), f"{files.where}: index {chosen.digest}")
         chosen = select(inner.manifests, platform, f"{files.where}: index {chosen.digest}")
@@ -167,9 +153,7 @@ def _named(files: Files, top: model.Index, name: str | None, platform: model.Pla
     if name is not None:
         images = tuple(d for d in images if name in (d.ref_name, d.digest))
         if not images:
-            raise BadImage(
-                f"{files.where} has no image {name!r}", hint=f"it has {', '.join(names) or 'no names'}"
-            )
+            raise BadImage(f"{files.where} has no image {name!r}", hint=f"it has {', '.join(names) or 'no names'}")
     elif len({d.ref_name for d in images}) > 1:
         raise BadImage(
             f"{files.where} holds several images",
@@ -218,9 +202,7 @@ def _require_blob(files: Files, descriptor: model.Descriptor) -> None:
 
 
 def _missing(files: Files, digest: str) -> BadImage:
-    return BadImage(
-        f"{files.where}: blob {digest} is missing", hint="the image is incomplete; fetch or copy it again"
-    )
+    return BadImage(f"{files.where}: blob {digest} is missing", hint="the image is incomplete; fetch or copy it again")
 
 
 def _wrong_size(files: Files, descriptor: model.Descriptor, size: int) -> BadImage:

@@ -303,9 +303,7 @@ class TarReader:
         if kind is not Kind.FILE:
             stored = 0
         extents, file_size = None, stored
-        if kind is Kind.FILE and (
-            flag == b"S" or sparse_00 or any(k.startswith(b"GNU.sparse.") for k in pax)
-        ):
+        if kind is Kind.FILE and (flag == b"S" or sparse_00 or any(k.startswith(b"GNU.sparse.") for k in pax)):
             name = pax.get(b"GNU.sparse.name", name)
             extents, file_size, stored = self._sparse(block, flag, pax, sparse_00, stored)
         device = kind in (Kind.CHAR, Kind.BLOCK)
@@ -349,11 +347,7 @@ class TarReader:
             size = self._decimal(pax.get(b"GNU.sparse.realsize", b""), "real size")
         else:
             text = pax.get(b"GNU.sparse.map")
-            numbers = (
-                sparse_00
-                if text is None
-                else [self._decimal(n, "a sparse map") for n in text.split(b",") if n]
-            )
+            numbers = sparse_00 if text is None else [self._decimal(n, "a sparse map") for n in text.split(b",") if n]
             size = self._decimal(pax.get(b"GNU.sparse.size", b""), "real size")
         if len(numbers) % 2:
             raise self._bad("a malformed sparse map")

@@ -1,4 +1,4 @@
-"""The proof that a root file system serves its container: enter it as the container's root, read one file, write another."""
+"""The proof that a root file system serves its container: enter it as its root, read one file, write another."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def check_start(
 ) -> StartCheck:
     """Enter `root` as the root of its user namespace, read `read_path` and create `write_path`.
 
-    A task that shares our memory does it, so that its cost does not grow with the process; it copies its mount namespace
-    `copies` times first, as a runtime does. Paths are absolute inside; neither may be a symbolic link, and the second
-    must not exist.
+    A task that shares our memory does it, so that its cost does not grow with the process; it copies its mount
+    namespace `copies` times first, as a runtime does. Paths are absolute inside; neither may be a symbolic link, and the
+    second must not exist.
 
     Raises: FlatmountError naming the step that failed and the kernel's word for it.
     Kernel: CAP_SYS_ADMIN, CAP_SYS_CHROOT.

@@ -29,9 +29,7 @@ class RemovedTree:
     size_bytes: int
 
 
-def flatten(
-    root_fd: int, sources: Sequence[str], target: str, *, root_source: int | None = None
-) -> Flattened:
+def flatten(root_fd: int, sources: Sequence[str], target: str, *, root_source: int | None = None) -> Flattened:
     """Merge layers into the new directory `target`: hard links for all but directories, whiteouts resolved.
 
     `sources` and `target` are relative to the borrowed descriptor `root_fd`, the sources topmost first, in

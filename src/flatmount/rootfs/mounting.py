@@ -169,9 +169,9 @@ def recover(run: str, store: Store | None) -> tuple[str, ...]:
                 told.append(f"could not undo {what}: {error.line()}")
     if store is not None:
         known = {_holder(record) for record in records.all()}
-        for holder in store.holders():
-            if holder.startswith("mount:") and holder not in known:
-                store.release(holder)
+        for lease in store.holders():
+            if lease.holder.startswith("mount:") and lease.holder not in known:
+                store.release(lease.holder)
     return tuple(told)
 
 

@@ -66,9 +66,7 @@ class Below:
         """Every name in the root directory of any of the layers."""
         names: set[bytes] = set()
         for layer in self._layers:
-            fd = os.open(
-                layer, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.data_fd
-            )
+            fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.data_fd)
             try:
                 names.update(map(os.fsencode, os.listdir(fd)))
             finally:

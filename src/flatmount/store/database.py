@@ -96,9 +96,7 @@ class Database:
             elif found < SCHEMA:
                 self._migrate()
         except sqlite3.Error as error:
-            raise StoreError(
-                f"{path} cannot be opened: {error}", hint="is it the state of a store?"
-            ) from error
+            raise StoreError(f"{path} cannot be opened: {error}", hint="is it the state of a store?") from error
 
     @classmethod
     def create(cls, path: str) -> Database:
@@ -159,11 +157,7 @@ class Database:
             yield
         except sqlite3.Error as error:
             full = "full" in str(error)
-            hint = (
-                "free space there and try again; nothing was changed"
-                if full
-                else "another process may hold it"
-            )
+            hint = "free space there and try again; nothing was changed" if full else "another process may hold it"
             raise StoreError(f"{self.path}: {error}", hint=hint) from error
 
     def _connect(self, mode: str) -> sqlite3.Connection:

@@ -113,9 +113,7 @@ class Disk:
     def publish(self, kind: str, numbers: list[int]) -> None:
         """Move synced trees from staging to their place, durably. The book does not know them yet."""
         for number in numbers:
-            os.rename(
-                f"staging/{number}", f"{kind}/{number}", src_dir_fd=self.data_fd, dst_dir_fd=self.data_fd
-            )
+            os.rename(f"staging/{number}", f"{kind}/{number}", src_dir_fd=self.data_fd, dst_dir_fd=self.data_fd)
         self._sync_directory(self.data_fd, kind)
 
     def discard(self, path: str) -> RemovedTree:

@@ -131,9 +131,7 @@ def read(fd: int, diff_id: str) -> Iterator[tuple[bytes, LayerEntry]]:
         ):
             header = json.loads(text.readline())
             if header != {"schema": SCHEMA, "diff_id": diff_id}:
-                raise StoreError(
-                    f"the entries of layer {diff_id} are those of {header}", hint="the store is damaged"
-                )
+                raise StoreError(f"the entries of layer {diff_id} are those of {header}", hint="the store is damaged")
             for line in text:
                 yield _entry(line)
     except (ValueError, KeyError, TypeError, zstandard.ZstdError) as error:

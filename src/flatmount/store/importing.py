@@ -119,9 +119,7 @@ class _Import:
         diff_id = self._image.config.diff_ids[position]
         label = f"layer {descriptor.digest}"
         try:
-            stream = LayerStream(
-                self._image.open_layer(position), descriptor, diff_id, self._reporter(position)
-            )
+            stream = LayerStream(self._image.open_layer(position), descriptor, diff_id, self._reporter(position))
             try:
                 return self._unpack_stream(stream, number, diff_id)
             except BadImage:
@@ -144,9 +142,7 @@ class _Import:
         )
         try:
             below = Below(self._disk.data_fd, [placed.path for placed in reversed(self._placed)])
-            unpacked = unpack(
-                TarReader(stream.read), target, below, Limits(total_bytes=self._disk.free_bytes())
-            )
+            unpacked = unpack(TarReader(stream.read), target, below, Limits(total_bytes=self._disk.free_bytes()))
         finally:
             os.close(target)
         stream.finish()

@@ -48,9 +48,7 @@ class Store:
         path = os.path.join(disk.base, "state.db")
         try:
             if not create and not os.path.exists(path):
-                raise StoreError(
-                    f"there is no store at {root}", hint="import an image first, or name another --root"
-                )
+                raise StoreError(f"there is no store at {root}", hint="import an image first, or name another --root")
             store = cls(disk, Database.create(path) if create else Database(path))
         except OSError as error:
             disk.close()
@@ -89,9 +87,7 @@ class Store:
 
     # Images.
 
-    def import_image(
-        self, source: str, *, name: str | None = None, progress: Progress | None = None
-    ) -> StoredImage:
+    def import_image(self, source: str, *, name: str | None = None, progress: Progress | None = None) -> StoredImage:
         """Import the image at `source`, PATH or PATH:NAME, under `name` or the name that it brings along.
 
         Both digests of every layer are verified and everything is on disk before the image is visible; a
@@ -125,8 +121,7 @@ class Store:
         """All images, once for each name, in the order of their import."""
         with self._database.reading() as db:
             rows = db.execute(
-                "SELECT digest, name FROM images LEFT JOIN names ON image = digest"
-                " ORDER BY imported_ns, digest, name"
+                "SELECT digest, name FROM images LEFT JOIN names ON image = digest ORDER BY imported_ns, digest, name"
             ).fetchall()
             return tuple(self._load(db, digest, name) for digest, name in rows)
 
@@ -149,9 +144,7 @@ class Store:
         with self._disk.working():
             with self._database.transaction() as db:
                 digest, name = self._resolve(db, reference)
-                names = tuple(
-                    row[0] for row in db.execute("SELECT name FROM names WHERE image = ?", (digest,))
-                )
+                names = tuple(row[0] for row in db.execute("SELECT name FROM names WHERE image = ?", (digest,)))
                 by_name = name == reference
                 if by_name and len(names) > 1:
                     db.execute("DELETE FROM names WHERE name = ?", (name,))
@@ -161,9 +154,7 @@ class Store:
                 trees = _unused(db)
             return self._take_away(names, digest, trees)
 
-    def _take_away(
-        self, names: tuple[str, ...], digest: str, trees: list[str], documents: set[str]
-    ) -> Removed:
+    def _take_away(self, names: tuple[str, ...], digest: str, trees: list[str], documents: set[str]) -> Removed:
         """What the book no longer knows. A kill from here on leaves it to the next sweep."""
         gone = [RemovedTree(0, 0)]
         try:
@@ -183,10 +174,7 @@ class Store:
         )
 
     def _refuse_held(self, db: sqlite3.Connection, digest: str, reference: str) -> None:
-        holders = [
-            row[0]
-            for row in db.execute("SELECT holder FROM leases WHERE image = ? ORDER BY holder", (digest,))
-        ]
+        holders = [row[0] for row in db.execute("SELECT holder FROM leases WHERE image = ? ORDER BY holder", (digest,))]
         if holders:
             more = f" and {len(holders) - 3} more" if len(holders) > 3 else ""
             raise InUse(
@@ -254,9 +242,7 @@ class Store:
         """Topmost first: the layers above the longest chain that is flat already, and that one."""
         chain = digests.chain_ids(tuple(layer.diff_id for layer in image.layers))
         with self._database.reading() as db:
-            given = {
-                f"layers/{row[0]}" for row in db.execute("SELECT number FROM layers WHERE root IS NOT NULL")
-            }
+            given = {f"layers/{row[0]}" for row in db.execute("SELECT number FROM layers WHERE root IS NOT NULL")}
         sources: list[str] = []
         for layer, chain_id in zip(reversed(image.layers), reversed(chain), strict=True):
             flat = self._flat(chain_id)
@@ -300,10 +286,7 @@ class Store:
             self._disk.sync()
             self._disk.publish(kind, [number])
             with self._database.transaction() as db:
-                if (
-                    db.execute("SELECT 1 FROM images WHERE chain_id = ?", (image.chain_id,)).fetchone()
-                    is None
-                ):
+                if db.execute("SELECT 1 FROM images WHERE chain_id = ?", (image.chain_id,)).fetchone() is None:
                     raise UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
                 book(db, number)
         except BaseException as error:
@@ -324,9 +307,7 @@ class Store:
         with self._database.transaction() as db:
             if db.execute("SELECT 1 FROM images WHERE digest = ?", (image.digest,)).fetchone() is None:
                 raise UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
-            db.execute(
-                "INSERT OR IGNORE INTO leases VALUES (?, ?, ?)", (holder, image.digest, time.time_ns())
-            )
+            db.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?)", (holder, image.digest, time.time_ns()))
 
     def release(self, holder: str) -> None:
         """Give back everything that `holder` holds. Nothing held is no error."""
@@ -336,9 +317,7 @@ class Store:
     def holders(self) -> tuple[Holder, ...]:
         """Who holds what, in the order of time."""
         with self._database.reading() as db:
-            rows = db.execute(
-                "SELECT holder, image, since_ns FROM leases ORDER BY since_ns, holder"
-            ).fetchall()
+            rows = db.execute("SELECT holder, image, since_ns FROM leases ORDER BY since_ns, holder").fetchall()
         return tuple(Holder(*row) for row in rows)
 
     # Within.
@@ -369,23 +348,17 @@ class Store:
         if row is not None:
             return str(row[0]), reference
         if not _DIGEST_PREFIX.match(reference):
-            raise UnknownImage(
-                f"there is no image {reference!r}", hint="`flatmount image list` shows what there is"
-            )
+            raise UnknownImage(f"there is no image {reference!r}", hint="`flatmount image list` shows what there is")
         prefix = f"sha256:{reference.removeprefix('sha256:')}"
         rows = db.execute(
             "SELECT digest FROM images WHERE substr(digest, 1, ?) = ? LIMIT 2", (len(prefix), prefix)
         ).fetchall()
         if not rows:
-            raise UnknownImage(
-                f"there is no image {reference!r}", hint="`flatmount image list` shows what there is"
-            )
+            raise UnknownImage(f"there is no image {reference!r}", hint="`flatmount image list` shows what there is")
         if len(rows) > 1:
             raise UnknownImage(f"{reference!r} begins more than one digest", hint="give more of it")
         digest = str(rows[0][0])
-        named = db.execute(
-            "SELECT name FROM names WHERE image = ? ORDER BY name LIMIT 1", (digest,)
-        ).fetchone()
+        named = db.execute("SELECT name FROM names WHERE image = ? ORDER BY name LIMIT 1", (digest,)).fetchone()
         return digest, None if named is None else str(named[0])
 
     def _load(self, db: sqlite3.Connection, digest: str, name: str | None) -> StoredImage:
@@ -443,8 +416,7 @@ def _spans(pairs: list[list[int]]) -> tuple[Span, ...]:
 def _unused(db: sqlite3.Connection) -> list[str]:
     """Take what no image needs any more out of the book; returns the trees, which are still on disk."""
     db.execute(
-        "DELETE FROM documents WHERE digest NOT IN"
-        " (SELECT digest FROM images UNION SELECT config_digest FROM images)"
+        "DELETE FROM documents WHERE digest NOT IN (SELECT digest FROM images UNION SELECT config_digest FROM images)"
     )
     queries = (
         (

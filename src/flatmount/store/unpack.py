@@ -201,9 +201,7 @@ class _Unpacker:
                 self._remove(path)
                 self._make_directory(path, LayerEntry(Kind.DIRECTORY, 0o755, opaque=True))
             elif entry.kind is not Kind.DIRECTORY:
-                raise BadImage(
-                    f"{show(path)} on the way is a {entry.kind.value}", hint="the image is malformed"
-                )
+                raise BadImage(f"{show(path)} on the way is a {entry.kind.value}", hint="the image is malformed")
             if target is None:
                 here = path
                 continue
@@ -227,9 +225,7 @@ class _Unpacker:
             self._through_below = True
             return os.readlink(found.source, dir_fd=self._below.data_fd)
         if not stat.S_ISDIR(mode):
-            raise BadImage(
-                f"{show(path)} on the way is no directory in a lower layer", hint="the image is malformed"
-            )
+            raise BadImage(f"{show(path)} on the way is no directory in a lower layer", hint="the image is malformed")
         xattrs = _read_xattrs(self._below.data_fd, found.source)
         self._make_directory(path, _from_status(Kind.DIRECTORY, found.status)._replace(xattrs=xattrs))
         return None
@@ -330,9 +326,7 @@ class _Unpacker:
 
     def _take_root(self, entry: Entry) -> None:
         if entry.kind is not Kind.DIRECTORY:
-            raise BadImage(
-                f"the root directory as a {entry.kind.value}", hint="the image is malformed or hostile"
-            )
+            raise BadImage(f"the root directory as a {entry.kind.value}", hint="the image is malformed or hostile")
         self._root = self._directory_entry(entry)._replace(opaque=self._root.opaque)
         self._root_given = True
 
@@ -432,9 +426,7 @@ class _Unpacker:
         else:
             device = (entry.major, entry.minor)
             if entry.kind is Kind.CHAR and device == (0, 0):
-                raise BadImage(
-                    "a character device 0:0, which is overlayfs's whiteout", hint="the image is hostile"
-                )
+                raise BadImage("a character device 0:0, which is overlayfs's whiteout", hint="the image is hostile")
             if entry.major >= 1 << 12 or entry.minor >= 1 << 20:
                 raise BadImage(f"device {entry.major}:{entry.minor}", hint="the kernel has no such numbers")
             kind = stat.S_IFCHR if entry.kind is Kind.CHAR else stat.S_IFBLK
@@ -470,9 +462,7 @@ class _Unpacker:
         target_parent, target = self._link_target(entry)
         source = self._entries.get(target)
         path = _join(parent, name)
-        wrong = BadImage(
-            f"a hard link to {show(entry.target)}, which is no file", hint="the image is malformed"
-        )
+        wrong = BadImage(f"a hard link to {show(entry.target)}, which is no file", hint="the image is malformed")
         if source is not None:
             if source.kind in (None, Kind.DIRECTORY):
                 raise wrong
@@ -507,9 +497,7 @@ class _Unpacker:
 
     def _kept_xattrs(self, entry: Entry) -> tuple[tuple[bytes, bytes], ...]:
         """An image must not speak overlayfs's private language, and the host's labels are the host's."""
-        kept = tuple(
-            (key, value) for key, value in entry.xattrs if not key.startswith(_OVERLAY) and key != _HOST_LABEL
-        )
+        kept = tuple((key, value) for key, value in entry.xattrs if not key.startswith(_OVERLAY) and key != _HOST_LABEL)
         self._dropped += len(entry.xattrs) - len(kept)
         if any(not key or b"\0" in key for key, _ in kept):
             raise BadImage("an extended attribute without a usable name", hint="the image is malformed")
@@ -617,9 +605,7 @@ def _write(fd: int, data: memoryview) -> None:
         data = data[os.write(fd, data) :]
 
 
-def _write_extents(
-    fd: int, entry: Entry, pieces: Iterator[memoryview], digest: Callable[[memoryview], object]
-) -> None:
+def _write_extents(fd: int, entry: Entry, pieces: Iterator[memoryview], digest: Callable[[memoryview], object]) -> None:
     piece = memoryview(b"")
     for extent in entry.extents or ():
         at, end = extent.offset, extent.offset + extent.length
@@ -644,9 +630,7 @@ def _explain(error: OSError, where: str) -> FlatmountError:
         told = from_os_error(OSError(error.errno, error.strerror), f"{where}: write")
         return StoreError(str(told), hint=told.hint)
     if error.errno == errno.EPERM:
-        return StoreError(
-            f"{where}: {error.strerror} [EPERM]", hint="run as root: an image has owners and devices"
-        )
+        return StoreError(f"{where}: {error.strerror} [EPERM]", hint="run as root: an image has owners and devices")
     if error.errno == errno.EOPNOTSUPP:
         return StoreError(
             f"{where}: the store's file system does not take its extended attributes [EOPNOTSUPP]",

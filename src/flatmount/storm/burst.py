@@ -49,8 +49,8 @@ def run_burst(
 
     A container's latency counts from its request: the moment one of the `concurrency` requesters is free for it. With
     `admit`, a request may have to wait until fewer than that many are being assembled; the wait is part of its latency.
-    One that takes longer than `timeout_s` failed, as it has for whoever waited; it is undone with the others. When `stop`
-    is set, no further container is begun.
+    One that takes longer than `timeout_s` failed, as it has for whoever waited; it is undone with the others. When
+    `stop` is set, no further container is begun.
     """
     burst = Burst()
     waiting = iter(wanted)

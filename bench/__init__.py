@@ -1,0 +1,1 @@
+"""Ratios, each measured in one run: `python -m bench [SECTION...]`, as root."""
