@@ -1,4 +1,4 @@
-"""Assembly: starts per second by strategy, against the bare kernel cost in C, and against layers and live containers."""
+"""Assembly: starts per second by strategy, against the bare kernel cost in C, layers and live containers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import shutil
 import statistics
 import time
+from functools import partial
 
 from bench.images import generated_image
 from bench.measure import (
+    Figures,
     assemble_all,
     build_floor,
     mappings,
@@ -32,7 +34,7 @@ THREADS = 2
 ROUNDS = 7
 STRATEGIES = ("per-layer", "common-parent", "detached", "flat")
 METHOD = f"""\
-{CONTAINERS} containers of {LAYERS} layers, {THREADS} at a time, a range of its own for each; {ROUNDS} rounds, interleaved.
+{CONTAINERS} containers of {LAYERS} layers, {THREADS} at a time, a range of its own for each; {ROUNDS} rounds.
 Counted: directories, user namespace and range (unless "ahead"), plan, Python, every kernel call. Not counted: undoing.
 The floor is a C loop of the same kernel operations. Microseconds of wall time a container: median (range).
 """
@@ -69,29 +71,29 @@ class Bench:
         return run_floor(program, arguments, CONTAINERS, self.uppers, tag)
 
 
-def strategies(bench: Bench, program: str, where: str, *, targets: bool) -> None:
-    """Every strategy and the floor, with ranges fresh and ahead."""
-    for mode in ("fresh", "ahead"):
-        ahead = mode == "ahead"
-        measures = {
-            name: lambda n, name=name: bench.burst(name, f"{name}{mode}{n}", ahead=ahead)  # type: ignore[misc]
-            for name in STRATEGIES
-        }
-        measures["floor in C"] = lambda n: bench.floor(program, f"floor{mode}{n}", ahead=ahead)
-        seen = rounds(measures, ROUNDS)
-        print(f"{where}, ranges {mode}, us a container")
-        for name, figures in seen.items():
-            print(f"  {name:<16} {figures}   {1e6 / figures.median:8.0f} starts/s")
-        flat = seen["flat"]
-        wanted = ("20", "2.5") if ahead else ("8", "1.3")
-        show_ratio(
-            "starts/s of flat over per-layer", ratio(seen["per-layer"], flat), target=f">= {wanted[0]}" * targets
-        )
-        show_ratio(
-            "starts/s of flat over common-parent", ratio(seen["common-parent"], flat), target=f">= {wanted[1]}" * targets
-        )
-        show_ratio("wall time of flat over the floor in C", ratio(flat, seen["floor in C"]), target="<= 2" * targets)
-        print()
+def strategies(bench: Bench, program: str, where: str, *, ahead: bool, targets: bool) -> None:
+    """Every strategy and the floor."""
+    mode = "ahead" if ahead else "fresh"
+    measures = {name: partial(_burst, bench, name, ahead) for name in STRATEGIES}
+    measures["floor in C"] = lambda number: bench.floor(program, f"floor{mode}{number}", ahead=ahead)
+    seen = rounds(measures, ROUNDS)
+    print(f"{where}, ranges {mode}, us a container")
+    for name, figures in seen.items():
+        print(f"  {name:<16} {figures}   {1e6 / figures.median:8.0f} starts/s")
+    wanted = (20, 2.5) if ahead else (8, 1.3)
+    for other, least in zip(("per-layer", "common-parent"), wanted, strict=True):
+        target = f">= {least:g}" if targets else ""
+        show_ratio(f"starts/s of flat over {other}", ratio(seen[other], seen["flat"]), target=target)
+    show_ratio(
+        "wall time of flat over the floor in C",
+        ratio(seen["flat"], seen["floor in C"]),
+        target="<= 2" if targets else "",
+    )
+    print()
+
+
+def _burst(bench: Bench, strategy: str, ahead: bool, number: int) -> float:
+    return bench.burst(strategy, f"{strategy}{'a' if ahead else 'f'}{number}", ahead=ahead)
 
 
 def constant_in_layers(store: Store, directory: str) -> None:
@@ -99,7 +101,7 @@ def constant_in_layers(store: Store, directory: str) -> None:
     images = {n: store.import_image(generated_image(os.path.join(directory, f"g{n}"), layers=n)) for n in (1, 1000)}
     benches = {n: Bench(store, image, directory) for n, image in images.items()}
     seen = rounds(
-        {str(n): lambda r, n=n: benches[n].burst("flat", f"n{n}-{r}", ahead=True) for n in images},  # type: ignore[misc]
+        {str(n): partial(_burst, bench, "flat", True) for n, bench in benches.items()},
         2 * ROUNDS,
     )
     print("flat on 1 layer and on 1,000, the same files, ranges ahead, us a container")
@@ -130,8 +132,6 @@ def constant_in_live_containers(bench: Bench) -> None:
         pool.close()
         first.append(statistics.median(took[:sample]))
         last.append(statistics.median(took[-sample:]))
-    from bench.measure import Figures
-
     early, late = Figures(tuple(first)), Figures(tuple(last))
     print(f"flat while others live, one at a time, ranges ahead, median of {sample}, us a container")
     print(f"  the first {sample:<8} {early}")
@@ -146,16 +146,18 @@ def run() -> None:
     with place() as ram:
         program = build_floor(ram)
         with Store.open(f"{ram}/store", create=True) as store:
-            image = into_store(store, layers=LAYERS, name="demo")
+            image = into_store(store, layers=LAYERS, name="demo")[0]
             bench = Bench(store, image, ram)
-            strategies(bench, program, "store and uppers on tmpfs", targets=True)
+            for ahead in (False, True):
+                strategies(bench, program, "store and uppers on tmpfs", ahead=ahead, targets=True)
             constant_in_layers(store, ram)
             constant_in_live_containers(bench)
         disk = os.path.abspath(f".cache/bench.{os.getpid()}")
         os.makedirs(disk)
         try:
             with Store.open(f"{disk}/store", create=True) as store:
-                on_disk = Bench(store, into_store(store, layers=LAYERS, name="demo"), disk)
-                strategies(on_disk, program, "store and uppers on the disk of this checkout", targets=False)
+                on_disk = Bench(store, into_store(store, layers=LAYERS, name="demo")[0], disk)
+                for ahead in (False, True):
+                    strategies(on_disk, program, "store and uppers on this checkout's disk", ahead=ahead, targets=False)
         finally:
             shutil.rmtree(disk)

@@ -12,7 +12,7 @@ FILES = 1000
 
 def generated_image(path: str, *, layers: int) -> str:
     """An OCI layout of `layers` layers that together hold the same thousand small files; returns its path."""
-    with new_layout(path) as layout:
+    with new_layout(path, made_by="bench") as layout:
         written = []
         for layer in range(layers):
             tar = LayerTar()

@@ -69,7 +69,7 @@ def mappings(count: int) -> list[IdMapping]:
 def assemble_all(
     assembler: Assembler, pool: RangePool, roots: str, tag: str, count: int, *, threads: int, ahead: bool
 ) -> float:
-    """Assemble `count` containers, `threads` at a time; returns microseconds of wall time for each, undoing not counted."""
+    """Assemble `count` containers, `threads` at a time; returns microseconds of wall time for each, undoing apart."""
     ranges = mappings(count)
     if ahead:
         pool.prepare(ranges)

@@ -12,7 +12,9 @@ from typing import Any
 from flatmount.cli.image_demo import into_store
 from flatmount.store import Store
 
-METHOD = "200 containers of 50 layers at once, two namespace copies each, the storm's own process; 3 repeats, interleaved"
+METHOD = (
+    "200 containers of 50 layers at once, two namespace copies each, the storm's own process; 3 repeats, interleaved"
+)
 
 
 def run() -> None:

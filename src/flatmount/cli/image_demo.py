@@ -6,13 +6,13 @@ import argparse
 import os
 import sys
 import time
-from contextlib import ExitStack
 from typing import Any
 
 from flatmount.cli.common import open_store, print_json, store_options, whole
 from flatmount.image.demo import MAX_LAYERS, MIN_LAYERS, DemoImage, Source, build_demo, default_cache
 from flatmount.image.demo_packages import Progress
 from flatmount.image.scratch import scratch_directory
+from flatmount.store import Store, StoredImage
 
 _NAME = "demo"
 _EXAMPLES = """\
@@ -44,20 +44,31 @@ def add_parser(verbs: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def into_store(
+    store: Store, *, layers: int, name: str, cache: str | None = None, progress: Progress | None = None
+) -> tuple[StoredImage, DemoImage]:
+    """Make the demo image and import it; the layout it is imported from is gone afterwards."""
+    cache = cache or default_cache()
+    os.makedirs(cache, exist_ok=True)
+    with scratch_directory(cache, "image") as scratch:
+        made = build_demo(os.path.join(scratch, "layout"), layers=layers, cache=cache, progress=progress, name=name)
+        return store.import_image(made.path, name=name), made
+
+
 def run(args: argparse.Namespace) -> int:
     """Make the image, bring it into the store unless only a layout is wanted, and say what was made."""
     layers = whole(args.layers, "--layers", least=MIN_LAYERS, most=MAX_LAYERS)
     cache = os.path.abspath(args.cache)
     name = args.name or _NAME
     started = time.monotonic()
-    with ExitStack() as stack:
-        out = args.out
-        if out is None:
-            os.makedirs(cache, exist_ok=True)
-            out = os.path.join(stack.enter_context(scratch_directory(cache, "image")), "layout")
-        image = build_demo(out, layers=layers, cache=cache, progress=_progress(), name=name)
-        if args.out is None or args.name:
-            open_store(args, create=True).import_image(image.path, name=name)
+    if args.out is None:
+        with open_store(args, create=True) as store:
+            _, image = into_store(store, layers=layers, name=name, cache=cache, progress=_progress())
+    else:
+        image = build_demo(args.out, layers=layers, cache=cache, progress=_progress(), name=name)
+        if args.name:
+            with open_store(args, create=True) as store:
+                store.import_image(image.path, name=name)
     seconds = time.monotonic() - started
     if image.source is Source.BUSYBOX:
         sys.stderr.write(f"flatmount: made of busybox instead of packages: {image.why_not_packages}\n")
