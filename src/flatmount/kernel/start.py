@@ -26,8 +26,8 @@ def check_start(
     """Enter `root` as the root of its user namespace, read `read_path` and create `write_path`.
 
     A task that shares our memory does it, so that its cost does not grow with the process; it copies its mount
-    namespace `copies` times first, as a runtime does. Paths are absolute inside; neither may be a symbolic link, and the
-    second must not exist.
+    namespace `copies` times first, as a runtime does. Paths are absolute inside; neither may be a symbolic link, and
+    the second must not exist.
 
     Raises: FlatmountError naming the step that failed and the kernel's word for it.
     Kernel: CAP_SYS_ADMIN, CAP_SYS_CHROOT.

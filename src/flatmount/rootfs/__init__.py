@@ -1,1 +1,7 @@
-"""TODO"""
+"""Root file systems: image, store, strategy and executor put together, and their undoing."""
+
+from flatmount.rootfs.assemble import assemble
+from flatmount.rootfs.assembler import Assembler, Rootfs
+from flatmount.rootfs.ranges import RangePool
+
+__all__ = ["Assembler", "RangePool", "Rootfs", "assemble"]

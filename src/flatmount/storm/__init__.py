@@ -1,1 +1,1 @@
-"""TODO"""
+"""Storms: many containers started at once, measured."""

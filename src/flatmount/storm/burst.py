@@ -44,13 +44,14 @@ def run_burst(
     timeout_s: float,
     admit: int | None,
     stop: threading.Event,
+    begin_ns: int = 0,
 ) -> Burst:
     """Start all containers, at most `concurrency` at a time, and return when the last one stands or failed.
 
     A container's latency counts from its request: the moment one of the `concurrency` requesters is free for it. With
     `admit`, a request may have to wait until fewer than that many are being assembled; the wait is part of its latency.
     One that takes longer than `timeout_s` failed, as it has for whoever waited; it is undone with the others. When
-    `stop` is set, no further container is begun.
+    `stop` is set, no further container is begun. Nothing begins before `begin_ns`.
     """
     burst = Burst()
     waiting = iter(wanted)
@@ -80,7 +81,7 @@ def run_burst(
                 with lock:
                     burst.failures.append(_in_general(from_os_error(error, "start"), container))
 
-    burst.start_ns = _together(concurrency, requester, stop)
+    burst.start_ns = _together(concurrency, requester, stop, begin_ns)
     burst.end_ns = time.monotonic_ns()
     late = sum(one.latency_ns > timeout_s * 1e9 for one in burst.started)
     burst.failures += [f"took longer than the time-out of {timeout_s:g} s"] * late
@@ -126,8 +127,8 @@ def undo_burst(burst: Burst, pool: RangePool, *, concurrency: int) -> tuple[dict
     return took, operations, problems
 
 
-def _together(count: int, work: Callable[[], None], stop: threading.Event) -> int:
-    """Run `work` on `count` threads that begin at one moment; returns that moment."""
+def _together(count: int, work: Callable[[], None], stop: threading.Event, begin_ns: int = 0) -> int:
+    """Run `work` on `count` threads that begin at one moment, not before `begin_ns`; returns that moment."""
     ready = threading.Barrier(count + 1)
     errors: list[BaseException] = []
 
@@ -144,6 +145,7 @@ def _together(count: int, work: Callable[[], None], stop: threading.Event) -> in
     threads = [threading.Thread(target=body, name=f"storm-{i}") for i in range(count)]
     for thread in threads:
         thread.start()
+    time.sleep(max(0, begin_ns - time.monotonic_ns()) / 1e9)
     with suppress(threading.BrokenBarrierError):
         ready.wait()
     begun_ns = time.monotonic_ns()

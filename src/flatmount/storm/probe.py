@@ -28,6 +28,7 @@ from flatmount.storm.child import Child
 ROUNDS_PER_S = 10
 SAMPLES_PER_S = 50
 _CATCH_UP_S = 60.0
+_PERIOD_NS = 1_000_000_000 // ROUNDS_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,12 @@ class HealthProbe:
             mounts=tuple(((at - start_ns) / 1e9, count) for at, count in self._mounts if at in window),
         )
 
+    def next_round_ns(self) -> int:
+        """When the next round is due, as `time.monotonic_ns()` has it: a burst begun just before meets one."""
+        self._read()
+        last = self._rounds[-1][0]
+        return last + ((time.monotonic_ns() - last) // _PERIOD_NS + 1) * _PERIOD_NS
+
     def close(self) -> None:
         """End the process. Closing twice is fine."""
         self._child.close()
@@ -102,14 +109,13 @@ class HealthProbe:
 
 
 def _rounds(program: str) -> None:
-    period_ns = 1_000_000_000 // ROUNDS_PER_S
     due = time.monotonic_ns()
     while not select.select([0], [], [], max(0, due - time.monotonic_ns()) / 1e9)[0]:
         with open("/proc/self/mountinfo", "rb", buffering=0) as file:
             file.read()
         os.waitpid(os.posix_spawn(program, [program], {}), 0)
         _write(f"round {due} {(time.monotonic_ns() - due) / 1e6:.3f}\n")
-        due += period_ns
+        due += _PERIOD_NS
 
 
 def _samples() -> None:
