@@ -83,7 +83,7 @@ def _run(strategy: str, repeat: int, containers: int) -> RunResult:
         mount_operations=MountOperations(
             planned_per_container=operations,
             executed=operations * (containers - failed),
-            kernel=operations * (containers - failed) if repeat < 2 else None,
+            kernel=operations * containers if repeat < 2 else None,
             kernel_reason=None if repeat < 2 else "count mount events: Invalid argument",
             once=0 if strategy == "per-layer" else 1,
         ),

@@ -112,7 +112,12 @@ def _rates(report: StormReport, outcome: Summary) -> str:
         ]
         for entry in outcome.strategies
     ]
-    heads = ["starts|per second", f"times {outcome.baseline}|", "wall time|s", f"failed|of {_each(outcome)}"]
+    heads = [
+        "starts|per second",
+        f"times {outcome.baseline}|",
+        "wall time|s",
+        f"failed|of {max(entry.containers for entry in outcome.strategies):,}",
+    ]
     if report.settings.watchers:
         heads.append("watchers' CPU|s")
     return _section(
@@ -161,24 +166,21 @@ def _operations(report: StormReport, outcome: Summary) -> str:
     for entry in outcome.strategies:
         runs = _runs_of(report, entry)
         counts = [run.mount_operations for run in runs]
-        kernel = [count.kernel for count in counts if count.kernel is not None]
-        reasons = {count.kernel_reason for count in counts if count.kernel is None and count.kernel_reason}
+        started = entry.containers - entry.failed
+        asked = sum(run.containers for run in runs if run.mount_operations.kernel is not None)
+        kernel = sum(count.kernel for count in counts if count.kernel is not None)
+        reasons = sorted({count.kernel_reason or "not asked" for count in counts if count.kernel is None})
         rows.append(
             [
                 f"{entry.operations_per_container:,}",
-                f"{sum(count.executed for count in counts):,}",
-                f"{sum(kernel):,}" + _of_runs(len(kernel), len(runs)) if kernel else escape("; ".join(sorted(reasons))),
+                _each(sum(count.executed for count in counts), started),
+                _each(kernel, asked) if asked else escape("; ".join(reasons)),
+                _each(sum(run.undo_operations for run in runs), started),
                 f"{sum(count.once for count in counts):,}",
-                f"{sum(run.undo_operations for run in runs):,}",
             ]
         )
-    heads = [
-        "planned|per container",
-        "executed|in all",
-        "kernel's count|in all",
-        "once a range|in all",
-        "undoing|in all",
-    ]
+    heads = [f"{name}|per container" for name in ("planned", "executed", "kernel's count", "undoing")]
+    heads.append("once a range|in all")
     return _section(
         "Mount operations per container",
         "Operations that attach or detach a mount, each of them under locks that all of the machine shares."
@@ -421,9 +423,8 @@ def _failed(number: int) -> Cell:
     return f'<span class="bad">{number:,}</span>' if number else "0"
 
 
-def _of_runs(counted: int, runs: int) -> str:
-    return f" <small>({counted} of {runs} runs)</small>" if counted < runs else ""
-
-
-def _each(outcome: Summary) -> str:
-    return f"{max(entry.containers for entry in outcome.strategies):,}"
+def _each(total: int, containers: int) -> Cell:
+    """How many each container had: a whole number where all had the same."""
+    if not containers:
+        return "–"
+    return f"{total // containers:,}" if total % containers == 0 else f"{total / containers:,.2f}"

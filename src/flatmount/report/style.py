@@ -89,9 +89,11 @@ footer { margin-top: 3rem; color: var(--soft); font-size: .86rem; }
 footer li { margin: .25rem 0; } footer ul { padding-left: 1.1rem; margin: .4rem 0 0; }
 @media print {
   :root { color-scheme: light; --paper: #fff; --ink: #000; --soft: #444; --rule: #ccc; --panel: #fff; }
-  body { padding: 0; max-width: none; font-size: 11px; }
+  html { font-size: 11px; }
+  body { padding: 0; max-width: none; font-size: 1rem; }
+  h2 { margin-top: 1.6rem; }
   h2, .legend { break-after: avoid; } figure, section, .tile, tr { break-inside: avoid; }
-  .scroll { overflow: visible; } svg { min-width: 0; }
+  .scroll { overflow: visible; } svg { min-width: 0; width: 84%; }
   .bar, .dot, td i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
