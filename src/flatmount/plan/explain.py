@@ -23,6 +23,7 @@ _KERNEL_NAMES: dict[type[Operation], str] = {
     op.FsConfigCreate: "fsconfig create",
     op.Unmount: "umount2",
     op.AssumeIds: "setfsuid",
+    op.Utimes: "utimensat",
 }
 
 Values = Mapping[Parameter, str]
