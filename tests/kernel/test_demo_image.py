@@ -16,7 +16,8 @@ from flatmount.image import demo_layers
 from flatmount.image.demo import DemoImage, Source, build_demo, default_cache
 
 pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, ("apt-get", "dpkg-deb"))), reason="the image of packages needs apt-get and dpkg-deb"
+    not all(map(shutil.which, ("apt-get", "dpkg-deb"))),
+    reason="machine cannot: the image of packages needs apt-get and dpkg-deb",
 )
 
 

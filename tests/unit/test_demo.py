@@ -17,7 +17,8 @@ from flatmount.image.demo_busybox import needs_libraries
 from flatmount.image.demo_packages import PackagesUnavailable, goals, parse_uris
 
 needs_apt = pytest.mark.skipif(
-    not all(map(shutil.which, ("apt-get", "dpkg-deb"))), reason="packages cannot be made without apt-get and dpkg-deb"
+    not all(map(shutil.which, ("apt-get", "dpkg-deb"))),
+    reason="machine cannot: there is no apt-get or dpkg-deb",
 )
 
 

@@ -10,7 +10,8 @@ from merged import image_of, load_json, merge
 
 from flatmount.errors import UsageError
 from flatmount.image.layer_tar import LayerTar
-from flatmount.image.layout_writer import MANIFEST, new_layout
+from flatmount.image.layout_writer import new_layout
+from flatmount.image.model import OCI_MANIFEST
 from flatmount.image.scratch import scratch_directory
 
 
@@ -41,7 +42,7 @@ def test_layout_is_complete_and_the_same_each_time(tmp_path: Path) -> None:
 def test_index_names_image_and_platform(tmp_path: Path) -> None:
     digest = _write(tmp_path / "out")
     [entry] = json.loads((tmp_path / "out/index.json").read_bytes())["manifests"]
-    assert entry["digest"] == digest and entry["mediaType"] == MANIFEST
+    assert entry["digest"] == digest and entry["mediaType"] == OCI_MANIFEST
     assert entry["platform"] == {"architecture": "amd64", "os": "linux"}
     assert entry["annotations"] == {"org.opencontainers.image.ref.name": "one"}
     assert load_json(str(tmp_path / "out"), digest)["schemaVersion"] == 2

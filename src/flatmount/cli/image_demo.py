@@ -6,13 +6,15 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from flatmount.cli.common import open_store, print_json, store_options, whole
+from flatmount.errors import EXIT_FINE
 from flatmount.image.demo import MAX_LAYERS, MIN_LAYERS, DemoImage, Source, build_demo, default_cache
-from flatmount.image.demo_packages import Progress
 from flatmount.image.scratch import scratch_directory
-from flatmount.store import Store, StoredImage
+from flatmount.store import Progressed, Store, StoredImage
 
 _NAME = "demo"
 _EXAMPLES = """\
@@ -44,34 +46,21 @@ def add_parser(verbs: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def into_store(
-    store: Store, *, layers: int, name: str, cache: str | None = None, progress: Progress | None = None
-) -> tuple[StoredImage, DemoImage]:
-    """Make the demo image and import it; the layout it is imported from is gone afterwards."""
-    cache = cache or default_cache()
-    os.makedirs(cache, exist_ok=True)
-    with scratch_directory(cache, "image") as scratch:
-        made = build_demo(os.path.join(scratch, "layout"), layers=layers, cache=cache, progress=progress, name=name)
-        return store.import_image(made.path, name=name), made
-
-
 def run(args: argparse.Namespace) -> int:
     """Make the image, bring it into the store unless only a layout is wanted, and say what was made."""
     layers = whole(args.layers, "--layers", least=MIN_LAYERS, most=MAX_LAYERS)
-    cache = os.path.abspath(args.cache)
-    name = args.name or _NAME
+    cache, name = os.path.abspath(args.cache), args.name or _NAME
+    progress = _line if sys.stderr.isatty() else _quiet
     started = time.monotonic()
-    if args.out is None:
-        with open_store(args, create=True) as store:
-            _, image = into_store(store, layers=layers, name=name, cache=cache, progress=_progress())
-    else:
-        image = build_demo(args.out, layers=layers, cache=cache, progress=_progress(), name=name)
-        if args.name:
-            with open_store(args, create=True) as store:
-                store.import_image(image.path, name=name)
+    with ExitStack() as stack:
+        # Opened first: a store that cannot be used is told before packages are fetched.
+        store = stack.enter_context(open_store(args, create=True)) if args.name or args.out is None else None
+        out = args.out or os.path.join(stack.enter_context(_scratch(cache)), "layout")
+        image = _build(out, layers, cache, name, progress)
+        if store is not None:
+            store.import_image(image.path, name=name, progress=_import_progress(progress))
+    progress("")
     seconds = time.monotonic() - started
-    if image.source is Source.BUSYBOX:
-        sys.stderr.write(f"flatmount: made of busybox instead of packages: {image.why_not_packages}\n")
     if args.json:
         print_json("image-demo", _facts(image, args.out is not None, name, seconds))
     else:
@@ -79,7 +68,42 @@ def run(args: argparse.Namespace) -> int:
             f"{args.out or name}: {image.layers} layers, {image.generated_layers} of them generated, "
             f"{len(image.packages)} packages, {image.size_bytes / 1e6:.1f} MB, {seconds:.1f} s, {image.manifest_digest}"
         )
-    return 0
+    return EXIT_FINE
+
+
+def import_demo(
+    store: Store, *, layers: int, name: str, progress: Callable[[str], None], cache: str | None = None
+) -> StoredImage:
+    """Make the demo image and import it into `store` as `name`, for verbs that need an image when none is named.
+
+    `progress` is given one line of text at a time. Raises: as `build_demo` and `Store.import_image`.
+    """
+    cache = cache or default_cache()
+    with _scratch(cache) as scratch:
+        image = _build(os.path.join(scratch, "layout"), layers, cache, name, progress)
+        return store.import_image(image.path, name=name, progress=_import_progress(progress))
+
+
+@contextmanager
+def _scratch(cache: str) -> Iterator[str]:
+    os.makedirs(cache, exist_ok=True)
+    with scratch_directory(cache, "image") as scratch:
+        yield scratch
+
+
+def _build(out: str, layers: int, cache: str, name: str, progress: Callable[[str], None]) -> DemoImage:
+    def tell(what: str, done: int, total: int) -> None:
+        progress(f"demo image: {what} {done}/{total}")
+
+    image = build_demo(out, layers=layers, cache=cache, progress=tell, name=name)
+    if image.source is Source.BUSYBOX:
+        progress("")
+        sys.stderr.write(f"flatmount: the demo image is made of busybox, not of packages: {image.why_not_packages}\n")
+    return image
+
+
+def _import_progress(progress: Callable[[str], None]) -> Callable[[Progressed], None]:
+    return lambda at: progress(f"demo image: layer {at.layer} of {at.layers} into the store")
 
 
 def _facts(image: DemoImage, kept: bool, name: str, seconds: float) -> dict[str, Any]:
@@ -97,13 +121,11 @@ def _facts(image: DemoImage, kept: bool, name: str, seconds: float) -> dict[str,
     }
 
 
-def _progress() -> Progress | None:
-    if not sys.stderr.isatty():
-        return None
+def _line(text: str) -> None:
+    """Write over the one line of progress on the terminal; "" takes it away."""
+    sys.stderr.write(f"\r\033[K{text}")
+    sys.stderr.flush()
 
-    def show(what: str, done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        sys.stderr.write(f"\r\033[K{what} {done}/{total}{end}")
-        sys.stderr.flush()
 
-    return show
+def _quiet(text: str) -> None:
+    """Where nobody watches, nothing is shown."""

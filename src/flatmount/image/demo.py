@@ -15,6 +15,7 @@ from flatmount.image import demo_busybox, demo_layers, demo_packages
 from flatmount.image.demo_packages import Package, PackagesUnavailable, Progress
 from flatmount.image.layer_tar import follow_links, join_archives, read_members, top_level_links
 from flatmount.image.layout_writer import WrittenLayer, new_layout
+from flatmount.image.model import Platform, host
 
 MIN_LAYERS = 5
 MAX_LAYERS = 1000
@@ -38,16 +39,8 @@ _TEMPLATES = (
 # The links of update-alternatives, as (package, link, target).
 _ALTERNATIVES = (("mawk", "usr/bin/awk", "mawk"), ("less", "usr/bin/pager", "less"))
 
-_GO_NAMES = {
-    "amd64": ("amd64", ""),
-    "arm64": ("arm64", "v8"),
-    "armhf": ("arm", "v7"),
-    "i386": ("386", ""),
-    "ppc64el": ("ppc64le", ""),
-    "riscv64": ("riscv64", ""),
-    "s390x": ("s390x", ""),
-}
-_DEBIAN_NAMES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "armhf", "i686": "i386", "ppc64le": "ppc64el"}
+# dpkg's names of architectures that are not also Go's, as (architecture, variant).
+_GO_NAMES = {"arm64": ("arm64", "v8"), "armhf": ("arm", "v7"), "i386": ("386", ""), "ppc64el": ("ppc64le", "")}
 
 
 class Source(StrEnum):
@@ -87,7 +80,7 @@ class _Software:
     names: tuple[str, ...]
     base: tuple[_Layer, ...]
     setup: demo_layers.Setup
-    architecture: str
+    platform: Platform
 
 
 def build_demo(out: str, *, layers: int, cache: str, progress: Progress | None = None, name: str = "demo") -> DemoImage:
@@ -110,7 +103,7 @@ def build_demo(out: str, *, layers: int, cache: str, progress: Progress | None =
         software = _software(layers, cache, tell)
         stack = _stack(software, layers)
         written = _write(stack, layout.add_layer, tell)
-        config = _config(software.architecture, [layer.title for layer in stack])
+        config = _config(software.platform, [layer.title for layer in stack])
         manifest = layout.add_image(config, written, name=name)
         size_bytes = layout.size_bytes()
     return DemoImage(
@@ -156,6 +149,7 @@ def _debian(packages: Sequence[Package], layers: int, cache: str) -> _Software:
 
         return read
 
+    architecture = demo_packages.architecture()
     early = layers >= _EARLY_TRIM_FROM
     groups = [packages[part.start : part.stop] for part in spread(len(packages), layers - _ON_TOP - early)]
     base = [_Layer(", ".join(f"{p.name} {p.version}" for p in group), archive_of(group), False) for group in groups]
@@ -167,7 +161,7 @@ def _debian(packages: Sequence[Package], layers: int, cache: str) -> _Software:
         tuple(f"{package.name} {package.version}" for package in packages),
         tuple(base),
         _setup_of(archives, {package.name for package in packages}),
-        demo_packages.architecture(),
+        Platform("linux", *_GO_NAMES.get(architecture, (architecture, ""))),
     )
 
 
@@ -198,14 +192,13 @@ def _busybox(why_not_packages: str, layers: int) -> _Software:
     base = [_Layer(busybox.version, partial(demo_busybox.program_layer, busybox, applets=alone), False)]
     if not alone:
         base.append(_Layer("busybox applets", partial(demo_busybox.applets_layer, busybox), False))
-    machine = os.uname().machine
     return _Software(
         Source.BUSYBOX,
         why_not_packages,
         (busybox.version,),
         tuple(base),
         demo_layers.Setup(),
-        _DEBIAN_NAMES.get(machine, machine),
+        host(),
     )
 
 
@@ -237,12 +230,11 @@ def _write(
     return written
 
 
-def _config(architecture: str, titles: Sequence[str]) -> dict[str, Any]:
-    go_name, variant = _GO_NAMES.get(architecture, (architecture, ""))
+def _config(platform: Platform, titles: Sequence[str]) -> dict[str, Any]:
     return {
-        "architecture": go_name,
-        **({"variant": variant} if variant else {}),
-        "os": "linux",
+        "architecture": platform.architecture,
+        **({"variant": platform.variant} if platform.variant else {}),
+        "os": platform.os,
         "created": _CREATED,
         "config": {"Env": [_PATH, "LANG=C.UTF-8"], "Cmd": ["/bin/sh"], "WorkingDir": "/"},
         "history": [{"created": _CREATED, "created_by": f"{_MADE_BY}: {title}"} for title in titles],

@@ -16,14 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flatmount.errors import UsageError
+from flatmount.image.model import OCI_CONFIG, OCI_INDEX, OCI_LAYER, OCI_MANIFEST, REF_NAME, Descriptor
 from flatmount.image.scratch import scratch_directory
 
-MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-CONFIG = "application/vnd.oci.image.config.v1+json"
-INDEX = "application/vnd.oci.image.index.v1+json"
-LAYER_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
-
-REF_NAME = "org.opencontainers.image.ref.name"
 MADE_BY = "io.flatmount.made-by"
 
 # zlib, not a faster library: its output for a level does not depend on the processor, and digests must not.
@@ -31,19 +26,6 @@ MADE_BY = "io.flatmount.made-by"
 # 1.1 s and 76 MB against 3.4 s and 69 MB).
 _GZIP_LEVEL = 1
 _GZIP_WINDOW = 31  # zlib.h: a window of 15 bits, and 16 for a gzip header, whose time stamp zlib leaves 0
-
-
-@dataclass(frozen=True, slots=True)
-class Descriptor:
-    """What a manifest or an index says about a blob: its media type, its digest and its size in bytes."""
-
-    media_type: str
-    digest: str
-    size_bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        """The descriptor as the specification writes it."""
-        return {"mediaType": self.media_type, "digest": self.digest, "size": self.size_bytes}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +76,7 @@ class LayoutWriter:
                 keep(compressor.compress(piece))
             keep(compressor.flush())
         self._keep(file.name, packed.hexdigest())
-        blob = Descriptor(LAYER_GZIP, f"sha256:{packed.hexdigest()}", size_bytes)
+        blob = Descriptor(f"{OCI_LAYER}+gzip", f"sha256:{packed.hexdigest()}", size_bytes)
         return WrittenLayer(blob, f"sha256:{plain.hexdigest()}")
 
     def add_image(self, config: Mapping[str, Any], layers: Sequence[WrittenLayer], *, name: str = "") -> Descriptor:
@@ -108,13 +90,13 @@ class LayoutWriter:
         rootfs = {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]}
         manifest = {
             "schemaVersion": 2,
-            "mediaType": MANIFEST,
-            "config": self.add_json({**config, "rootfs": rootfs}, CONFIG).as_json(),
-            "layers": [layer.blob.as_json() for layer in layers],
+            "mediaType": OCI_MANIFEST,
+            "config": _as_json(self.add_json({**config, "rootfs": rootfs}, OCI_CONFIG)),
+            "layers": [_as_json(layer.blob) for layer in layers],
         }
-        blob = self.add_json(manifest, MANIFEST)
+        blob = self.add_json(manifest, OCI_MANIFEST)
         platform = {key: config[key] for key in ("architecture", "os", "variant") if key in config}
-        entry = {**blob.as_json(), "platform": platform}
+        entry = {**_as_json(blob), "platform": platform}
         if name:
             entry["annotations"] = {REF_NAME: name}
         self._manifests.append(entry)
@@ -124,7 +106,7 @@ class LayoutWriter:
         """Write the index, marked with what made the layout, and the layout's own version file."""
         index = {
             "schemaVersion": 2,
-            "mediaType": INDEX,
+            "mediaType": OCI_INDEX,
             "manifests": self._manifests,
             "annotations": {MADE_BY: made_by},
         }
@@ -186,6 +168,10 @@ def _mark_of(path: str) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return mark if isinstance(mark, str) else None
+
+
+def _as_json(blob: Descriptor) -> dict[str, Any]:
+    return {"mediaType": blob.media_type, "digest": blob.digest, "size": blob.size}
 
 
 def _canonical_json(value: Mapping[str, Any]) -> bytes:
