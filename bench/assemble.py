@@ -20,7 +20,7 @@ from bench.measure import (
     run_floor,
     show_ratio,
 )
-from flatmount.cli.image_demo import into_store
+from flatmount.cli.image_demo import import_demo
 from flatmount.kernel.executor import adopt_thread
 from flatmount.rootfs.assembler import Assembler
 from flatmount.rootfs.image import probe_store, specification
@@ -146,7 +146,7 @@ def run() -> None:
     with place() as ram:
         program = build_floor(ram)
         with Store.open(f"{ram}/store", create=True) as store:
-            image = into_store(store, layers=LAYERS, name="demo")[0]
+            image = import_demo(store, layers=LAYERS, name="demo", progress=lambda text: None)
             bench = Bench(store, image, ram)
             for ahead in (False, True):
                 strategies(bench, program, "store and uppers on tmpfs", ahead=ahead, targets=True)
@@ -156,7 +156,7 @@ def run() -> None:
         os.makedirs(disk)
         try:
             with Store.open(f"{disk}/store", create=True) as store:
-                on_disk = Bench(store, into_store(store, layers=LAYERS, name="demo")[0], disk)
+                on_disk = Bench(store, import_demo(store, layers=LAYERS, name="demo", progress=lambda text: None), disk)
                 for ahead in (False, True):
                     strategies(on_disk, program, "store and uppers on this checkout's disk", ahead=ahead, targets=False)
         finally:

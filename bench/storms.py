@@ -9,7 +9,7 @@ import sys
 import tempfile
 from typing import Any
 
-from flatmount.cli.image_demo import into_store
+from flatmount.cli.image_demo import import_demo
 from flatmount.store import Store
 
 METHOD = (
@@ -22,7 +22,7 @@ def run() -> None:
     print(METHOD)
     with tempfile.TemporaryDirectory(prefix="flatmount-bench-", dir="/dev/shm") as ram:
         with Store.open(f"{ram}/store", create=True) as store:
-            into_store(store, layers=50, name="demo")
+            import_demo(store, layers=50, name="demo", progress=lambda text: None)
         options = ["--containers", "200", "--copies", "2", "--strategies", "per-layer,flat", "--repeats", "3"]
         done = subprocess.run(
             [sys.executable, "-m", "flatmount", "storm", "demo", "--root", f"{ram}/store", *options, "--json", "-"],

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from flatmount.cli.image_demo import into_store
+from flatmount.cli.image_demo import import_demo
 from flatmount.kernel.mounts import read_table
+from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.store import Store
 
 LAYERS = 12
@@ -65,13 +66,17 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the demo image in it, made once; read by many tests, so none may change its images."""
     root = tmp_path_factory.mktemp("store") / "root"
     with Store.open(str(root), create=True) as store:
-        into_store(store, layers=LAYERS, name="demo")
+        import_demo(store, layers=LAYERS, name="demo", progress=lambda text: None)
     return root
 
 
 @pytest.fixture
 def flatmount(demo_store: Path, tmp_path: Path) -> Iterator[CommandLine]:
-    """The command line on the demo store; afterwards no mount, workplace or upper of the test may be left."""
+    """The command line on the demo store; afterwards no mount, workplace or upper of the test may be left.
+
+    "The host" is a private copy of the machine's mount namespace, so that only the test's own mounts are seen there.
+    """
+    enter_private_mounts()
     before = {entry.mount_point for entry in read_table()}
     line = CommandLine(demo_store, tmp_path / "run")
     yield line

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -54,11 +58,12 @@ def test_layers_that_remove_and_replace_are_honoured_alike(flatmount: CommandLin
 
 def test_an_upper_outlives_its_mount_and_is_used_again(flatmount: CommandLine, target: Path) -> None:
     first = flatmount.json("mount", "demo", str(target), "--map", MAP, "--id", "mine")
-    (target / "etc/kept").write_text("kept")
+    # The host's root has no id in there (EOVERFLOW): only the container's ids can make files.
+    check_start(user_namespace(Mapping.parse(MAP)), str(target), "/etc/passwd", "/etc/kept")
     flatmount("umount", str(target))
     # In the container's ids: another range can use it.
     flatmount("mount", "demo", str(target), "--map", "0:500000:65536", "--id", "mine")
-    assert (target / "etc/kept").read_text() == "kept"
+    assert (target / "etc/kept").read_text() == "started\n"
     assert (target / "etc").stat().st_uid == 500000
     flatmount("umount", str(target))
     assert os.path.isdir(first["upper"])
@@ -104,18 +109,22 @@ def test_plan_prints_the_count_that_mount_then_makes(flatmount: CommandLine) -> 
         assert f"{marked} of them mount operations" in text
 
 
-def test_plan_needs_no_root(demo_store: Path, tmp_path: Path) -> None:
-    """As `nobody`, on a copy of the store that it may read."""
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", "--no-preserve=mode", demo_store / "v1/state.db", tmp_path], check=True)
-    (copy / "v1/data").mkdir(parents=True)
-    os.rename(tmp_path / "state.db", copy / "v1/state.db")
-    for path in (tmp_path, copy, copy / "v1", copy / "v1/data", copy / "v1/state.db"):
-        os.chown(path, 65534, 65534)
-    line = CommandLine(copy, tmp_path / "run")
+@pytest.fixture
+def nobodys_store(demo_store: Path) -> Iterator[Path]:
+    """A copy of the store that `nobody` owns, in a place that everybody reaches."""
+    with tempfile.TemporaryDirectory(prefix="flatmount-test-") as place:
+        os.chmod(place, 0o755)
+        copy = Path(place, "root")
+        shutil.copytree(demo_store, copy, ignore=lambda path, names: names if Path(path).parent.name == "data" else [])
+        subprocess.run(["chown", "-R", "65534:65534", copy], check=True)
+        yield copy
+
+
+def test_plan_needs_no_root(nobodys_store: Path, tmp_path: Path) -> None:
+    line = CommandLine(nobodys_store, tmp_path / "run")
     command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     done = subprocess.run(
-        [*command, *python(), "-m", "flatmount", "plan", "demo", "--map", MAP, "--json"],
+        [*command, sys.executable, "-m", "flatmount", "plan", "demo", "--map", MAP, "--json"],
         env={**line.environment(), "HOME": "/nonexistent"},
         capture_output=True,
         text=True,
@@ -123,12 +132,6 @@ def test_plan_needs_no_root(demo_store: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["probed"] is False
-
-
-def python() -> list[str]:
-    import sys
-
-    return [sys.executable]
 
 
 def test_probe_says_what_this_host_can_do(flatmount: CommandLine) -> None:
@@ -187,7 +190,7 @@ def test_a_full_disk_is_one_line(flatmount: CommandLine, target: Path, tmp_path:
 
 def test_without_privilege_it_says_so(demo_store: Path, tmp_path: Path, target: Path) -> None:
     line = CommandLine(demo_store, tmp_path / "run")
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", *python(), "-m", "flatmount"]
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m", "flatmount"]
     done = subprocess.run(
         [*command, "mount", "demo", str(target), "--map", MAP],
         env=line.environment(),

@@ -95,7 +95,7 @@ def processes_of(line: CommandLine) -> list[str]:
         try:
             environment = Path(f"/proc/{pid}/environ").read_bytes()
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        except (FileNotFoundError, ProcessLookupError):
+        except OSError:
             continue
         if os.fsencode(str(line.run_directory)) in environment:
             found.append(f"{pid} {command!r}")

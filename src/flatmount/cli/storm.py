@@ -12,9 +12,8 @@ import time
 from collections.abc import Callable
 
 from flatmount.cli.common import open_store, run_directory, store_root_option, whole
-from flatmount.cli.image_demo import into_store
+from flatmount.cli.image_demo import import_demo
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
-from flatmount.image.demo import Source
 from flatmount.report.html import page
 from flatmount.report.text import render, wants_colour
 from flatmount.rootfs.image import probe_store, require_root
@@ -121,17 +120,7 @@ def _strategies(text: str, auto: Callable[[], str]) -> tuple[str, ...]:
 
 def _demo(store: Store, progress: Callable[[str], None]) -> StoredImage:
     known = next((image for image in store.images() if image.name == DEMO), None)
-    if known is not None:
-        return known
-    image, made = into_store(
-        store,
-        layers=DEMO_LAYERS,
-        name=DEMO,
-        progress=lambda what, done, total: progress(f"demo image: {what} {done}/{total}"),
-    )
-    if made.source is Source.BUSYBOX:
-        print(f"flatmount: made of busybox instead of packages: {made.why_not_packages}", file=sys.stderr)
-    return image
+    return known or import_demo(store, layers=DEMO_LAYERS, name=DEMO, progress=progress)
 
 
 def _write(report: StormReport, json_path: str | None, html_path: str | None) -> None:
