@@ -45,6 +45,7 @@ _LINKS: Final = 40  # as in the kernel's path walk
 _OPEN_DIRECTORIES: Final = 128
 _LAST_ID: Final = 2**32 - 2
 _OVERLAY: Final = (b"trusted.overlay.", b"user.overlay.")
+_ATTRIBUTE_CLASSES: Final = (b"user.", b"trusted.", b"security.", b"system.")
 _HOST_LABEL: Final = b"security.selinux"
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -242,8 +243,7 @@ class _Unpacker:
             elif not path:
                 stack = self._below.root
             else:
-                found = self._look_up(path.rpartition(b"/")[0], path)
-                stack = found.stack if found is not None else ()
+                stack = self._below.stack(self._stack(path.rpartition(b"/")[0]), path)
             self._stacks[path] = stack
         return stack
 
@@ -473,7 +473,7 @@ class _Unpacker:
             self._record(path, source)
             return
         found = self._look_up(target_parent, target)
-        if found is None or stat.S_ISDIR(found.status.st_mode):
+        if found is None or found.is_directory:
             raise wrong
         self._link(self._below.data_fd, found.source, parent, name)
         self._record(path, self._linked_below(found))
@@ -499,8 +499,9 @@ class _Unpacker:
         """An image must not speak overlayfs's private language, and the host's labels are the host's."""
         kept = tuple((key, value) for key, value in entry.xattrs if not key.startswith(_OVERLAY) and key != _HOST_LABEL)
         self._dropped += len(entry.xattrs) - len(kept)
-        if any(not key or b"\0" in key for key, _ in kept):
-            raise BadImage("an extended attribute without a usable name", hint="the image is malformed")
+        for key, _ in kept:
+            if not key.startswith(_ATTRIBUTE_CLASSES) or b"\0" in key:
+                raise BadImage(f"an extended attribute called {show(key)}", hint="the kernel has no such attributes")
         return kept
 
     # The end.
@@ -528,7 +529,7 @@ class _Unpacker:
             entry = self._entries.get(name)
             if entry is None:
                 self._make_whiteout(b"", name)
-            elif entry.kind is Kind.DIRECTORY and found.stack:
+            elif entry.kind is Kind.DIRECTORY and found.is_directory:
                 self._set_opaque(name)
 
     def _finish_directory(self, path: bytes, entry: LayerEntry) -> None:
