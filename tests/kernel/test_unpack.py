@@ -212,6 +212,12 @@ def test_a_hard_link_into_a_lower_layer_is_the_same_file(store: Store, tmp_path:
     assert image.layers[1].size_bytes == 0
 
 
+def test_a_hard_link_between_deep_directories(store: Store, tmp_path: Path) -> None:
+    one, two = "/".join(["a"] * 200), "/".join(["b"] * 200)
+    image = imported(store, tmp_path, [file(f"{one}/f", "x"), file("c/f", "y"), hardlink(f"{two}/g", f"{one}/f")])
+    assert facts(tree(store, image))[f"{one}/f"]["links"] == [f"{one}/f", f"{two}/g"]
+
+
 def test_a_replaced_target_leaves_the_other_names_alone(store: Store, tmp_path: Path) -> None:
     image = imported(store, tmp_path, [file("a", "1"), hardlink("b", "a"), file("a", "2"), hardlink("b", "b")])
     root = tree(store, image)
