@@ -117,7 +117,7 @@ def test_a_global_header_changes_nothing() -> None:
     assert entry.name == b"a"
 
 
-@pytest.mark.skipif(shutil.which("tar") is None, reason="needs GNU tar")
+@pytest.mark.skipif(shutil.which("tar") is None, reason="machine cannot: no GNU tar")
 @pytest.mark.parametrize(
     "form", [["--format=gnu"], *(["--format=pax", f"--sparse-version={version}"] for version in ("0.0", "0.1", "1.0"))]
 )
