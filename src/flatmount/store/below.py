@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 OPAQUE = "trusted.overlay.opaque"
@@ -13,14 +13,15 @@ Stack = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A path of the chain. `source` is relative to the data directory, in the topmost layer that has it.
-
-    `stack` are the layers that a directory is merged from; it is empty for everything else.
-    """
+    """A path of the chain. `source` is relative to the data directory, in the topmost layer that has it."""
 
     source: bytes
     status: os.stat_result
-    stack: Stack
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it is one, and may therefore be merged with others beneath it."""
+        return stat.S_ISDIR(self.status.st_mode)
 
 
 class Below:
@@ -44,23 +45,30 @@ class Below:
     def look_up(self, stack: Stack, path: bytes) -> Found | None:
         """What the chain has at `path`, whose parent directory has `stack`."""
         self.consulted = True
-        first: tuple[bytes, os.stat_result] | None = None
+        for _, found in self._all(stack, path):
+            return None if _is_whiteout(found.status) else found
+        return None
+
+    def stack(self, stack: Stack, path: bytes) -> Stack:
+        """The stack of the directory at `path`, whose parent has `stack`; empty where the chain has no directory."""
+        self.consulted = True
         merged: list[int] = []
+        for layer, found in self._all(stack, path):
+            if not found.is_directory:
+                break
+            merged.append(layer)
+            if self._is_opaque(found.source):
+                break
+        return tuple(merged)
+
+    def _all(self, stack: Stack, path: bytes) -> Iterator[tuple[int, Found]]:
         for layer in stack:
             source = self._layers[layer] + b"/" + path
             try:
                 status = os.stat(source, dir_fd=self.data_fd, follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if not stat.S_ISDIR(status.st_mode):
-                if first is None and not _is_whiteout(status):
-                    return Found(source, status, ())
-                break
-            first = first or (source, status)
-            merged.append(layer)
-            if self._is_opaque(source):
-                break
-        return None if first is None else Found(*first, tuple(merged))
+            yield layer, Found(source, status)
 
     def root_names(self) -> set[bytes]:
         """Every name in the root directory of any of the layers."""

@@ -154,7 +154,7 @@ class Store:
                 trees = _unused(db)
             return self._take_away(names, digest, trees)
 
-    def _take_away(self, names: tuple[str, ...], digest: str, trees: list[str], documents: set[str]) -> Removed:
+    def _take_away(self, names: tuple[str, ...], digest: str, trees: list[str]) -> Removed:
         """What the book no longer knows. A kill from here on leaves it to the next sweep."""
         gone = [RemovedTree(0, 0)]
         try:
