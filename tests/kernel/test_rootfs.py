@@ -15,7 +15,7 @@ from flatmount.kernel.namespaces import user_namespace
 from flatmount.kernel.start import check_start
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
-from flatmount.rootfs.assembler import Assembler
+from flatmount.rootfs.assembler import Assembler, Request, Rootfs
 from flatmount.rootfs.ranges import RangePool
 from flatmount.strategies import Attach, RootDirectory, RootfsSpec, Upper
 
@@ -211,3 +211,43 @@ def test_hundreds_of_layers(data: Path, facts: HostFacts) -> None:
         target = data.parent / "targets/one"
         with made.assemble(MAPPING, "one", str(target)):
             assert len(os.listdir(target)) == 500, strategy
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_many_at_once_and_the_one_that_fails_is_undone_alone(data: Path, either: HostFacts, strategy: str) -> None:
+    made = assembler(data, either, strategy)
+    targets = data.parent / "targets"
+    (targets / "c7").mkdir()
+    requests = [Request(Mapping.single(200000 + 65536 * i), f"c{i}", f"{targets}/c{i}") for i in range(20)]
+    before = mount_count()
+    answers = made.assemble_many(requests, at_once=4)
+    failed = [i for i, answer in enumerate(answers) if isinstance(answer, FlatmountError)]
+    assert failed == [7]
+    assert "mkdir" in str(answers[7])
+    assert mount_count() == before + 19
+    assert len(os.listdir(data / "uppers")) == 19
+    for i, answer in enumerate(answers):
+        if isinstance(answer, Rootfs):
+            assert (targets / f"c{i}/bin/tool").stat().st_uid == 200007 + 65536 * i
+            answer.undo()
+    assert os.listdir(targets) == ["c7"]
+    assert not os.listdir(data / "uppers")
+
+
+def test_a_failure_in_a_helper_namespace_does_not_strand_the_next_run(data: Path, facts: HostFacts) -> None:
+    old = dataclasses.replace(facts, detached_layers=False)
+    made = assembler(data, old, "flat", make_target=False)
+    targets = data.parent / "targets"
+    for i in range(6):
+        if i % 2:
+            (targets / f"c{i}").mkdir()
+    requests = [Request(MAPPING, f"c{i}", f"{targets}/c{i}") for i in range(6)]
+    answers = made.assemble_many(requests, at_once=1)
+    assert [isinstance(answer, Rootfs) for answer in answers] == [False, True] * 3
+    for answer in answers:
+        if isinstance(answer, Rootfs):
+            answer.undo()
+
+
+def test_no_requests_make_nothing(data: Path, facts: HostFacts) -> None:
+    assert assembler(data, facts, "flat").assemble_many([], at_once=2) == []

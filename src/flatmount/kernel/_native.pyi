@@ -29,6 +29,14 @@ class Program:
         uint32.
         """
 
+    def run_many(
+        self, jobs: list[tuple[tuple[int, ...], tuple[bytes, ...], tuple[int, int, int, int]]], threads: int
+    ) -> list[tuple[int, int, int, int, str, tuple[int, ...], bytes]]:
+        """Run the program once for each job, `threads` at a time, on native threads; as `run` for each.
+
+        The interpreter's lock is released once for all of them.
+        """
+
 def adopt_thread() -> None:
     """Give the calling thread a working directory of its own, for good (unshare(CLONE_FS)).
 
@@ -47,10 +55,10 @@ def empty_mount_namespace() -> int:
 def try_open_tree_attr() -> int:
     """The errno of an `open_tree_attr` on no descriptor: ENOSYS where the kernel lacks the call (before 6.15)."""
 
-def user_namespace(uid_map: bytes, gid_map: bytes) -> int:
-    """Make a user namespace with these maps (the text of /proc/PID/uid_map) and return a descriptor of it.
+def user_namespaces(maps: list[tuple[bytes, bytes]], threads: int) -> list[int]:
+    """Make a user namespace for each pair of uid and gid maps (the text of /proc/PID/uid_map); returns descriptors.
 
-    Nothing is forked: a task that shares our memory holds the namespace until the descriptor is open.
+    Nothing is forked: a task that shares our memory holds each namespace until its descriptor is open. All or none.
     Raises OSError: EPERM without CAP_SETUID/CAP_SETGID, EINVAL for a map the kernel refuses, ENOSPC at
     user.max_user_namespaces.
     """
