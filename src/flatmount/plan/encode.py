@@ -138,8 +138,10 @@ def _record(operation: Operation, strings: _Strings, numbers: dict[Slot, int]) -
     match operation:
         case op.Mkdir(path, mode):
             s1, x = text(path), mode
-        case op.Rmdir(path) | op.Chdir(path):
+        case op.Chdir(path):
             s1 = text(path)
+        case op.Rmdir(path, if_empty):
+            s1, flags = text(path), flags | (_TOLERATE if if_empty else 0)
         case op.ReadFile(path):
             s1, flags = text(path), flags | _TOLERATE
         case op.Chown(path, RunIds()):

@@ -89,7 +89,10 @@ class Mkdir:
 
 @dataclass(frozen=True, slots=True)
 class Rmdir:
+    """Remove an empty directory; with `if_empty`, one that holds something stays without being an error."""
+
     path: Text
+    if_empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)
