@@ -9,7 +9,7 @@ DEMO_PAGE ?= $(CURDIR)/.demo/storm.html
 NATIVE := $(wildcard native/*.c native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format soak bench fuzz sanitize clean
+.PHONY: help setup demo test lint man format soak bench fuzz sanitize clean
 
 help: ## show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -34,6 +34,10 @@ lint: $(READY) ## ruff, mypy, import rule
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-cache
+	$(RUN)/python tools/man.py --check
+
+man: $(READY) ## write the man page from the command line's own help
+	$(RUN)/python tools/man.py
 
 format: $(READY) ## format Python and C
 	$(RUN)/ruff check --fix .
