@@ -215,4 +215,6 @@ def burst_figure(runs: Sequence[BurstRun], placement: str = "") -> BurstFigure:
 
 def ranked_by_hand_off(locks: Iterable[LockFigure]) -> tuple[LockFigure, ...]:
     """Figures that show what a hand-off costs, cheapest first. One that hides its hand-offs has no rank."""
-    return tuple(sorted((f for f in locks if f.shows_transfer and f.kind is not Kind.RWLOCK), key=lambda f: f.ns.median))
+    return tuple(
+        sorted((f for f in locks if f.shows_transfer and f.kind is not Kind.RWLOCK), key=lambda f: f.ns.median)
+    )

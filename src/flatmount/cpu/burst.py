@@ -207,9 +207,7 @@ def _lend(pool: RangePool, mapping: Mapping, needed: tuple[Slot, ...]) -> dict[S
     return lent
 
 
-def _raise_failure(
-    plan: MountPlan, parameters: dict[Parameter, str], outcome: tuple[int, int, int, int, str]
-) -> None:
+def _raise_failure(plan: MountPlan, parameters: dict[Parameter, str], outcome: tuple[int, int, int, int, str]) -> None:
     _, _, at, code, message = outcome
     if code:
         operation = plan.operations[min(at, len(plan.operations) - 1)]

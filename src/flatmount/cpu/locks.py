@@ -35,7 +35,9 @@ class LockRun:
     moved: bool
 
 
-def run_lock(kind: Kind, cpus: tuple[int, ...], run_ms: float, *, preheat_ms: float = 5, sample: bool = False) -> LockRun:
+def run_lock(
+    kind: Kind, cpus: tuple[int, ...], run_ms: float, *, preheat_ms: float = 5, sample: bool = False
+) -> LockRun:
     """Let a thread on each of `cpus` take one lock for `run_ms`. Raises: GoneCpu."""
     every = _SAMPLE_EVERY if sample else 0
     try:

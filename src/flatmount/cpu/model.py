@@ -40,6 +40,7 @@ CALIBRATION = (
 )
 LEAST_CORES = 4
 _MOST_CONTAINERS = 5000
+_BOUND = math.log(30.0)  # a cost this far from where the fit starts was not found in the data
 
 
 class Source(Enum):
@@ -268,11 +269,17 @@ def fit_costs(points: Sequence[tuple[Burst, float]], *, cpus: int, before: float
     if len(points) < len(dataclasses.fields(Costs)):
         raise UsageError(f"{len(points)} bursts do not determine six costs", hint="`flatmount cpu bench` runs them all")
 
+    start = [math.log(value) for value in dataclasses.astuple(_START)]
+
+    def bounded(logarithms: Sequence[float]) -> Costs:
+        pairs = zip(logarithms, start, strict=True)
+        return Costs(*(math.exp(max(at - _BOUND, min(at + _BOUND, value))) for value, at in pairs))
+
     def residuals(logarithms: Sequence[float]) -> list[float]:
-        costs = Costs(*map(math.exp, logarithms))
+        costs = bounded(logarithms)
         return [math.log(burst_s(costs, burst, cpus=cpus, before=before) / wall_s) for burst, wall_s in points]
 
-    return Costs(*map(math.exp, least_squares(residuals, [math.log(v) for v in dataclasses.astuple(_START)])))
+    return bounded(least_squares(residuals, start))
 
 
 def fit(bench: BenchResult) -> Model:
@@ -318,13 +325,15 @@ def fit_figures(figures: Sequence[BurstFigure], bench: BenchResult) -> Model:
 def _cost_parameters(costs: Costs, variants: Sequence[Costs]) -> Iterable[Parameter]:
     for i, (name, meaning, unit, factor) in enumerate(_MEANINGS):
         value = dataclasses.astuple(costs)[i]
+        if abs(math.log(value / dataclasses.astuple(_START)[i])) > 0.99 * _BOUND:
+            note = "the six bursts do not tell it from nothing: too noisy, measure again"
+            yield Parameter(name, meaning, unit, Source.UNKNOWN, note=note)
+            continue
         low, high = _range(value, (dataclasses.astuple(variant)[i] for variant in variants))
         yield Parameter(name, meaning, unit, Source.FITTED, value * factor, low * factor, high * factor)
 
 
-def _transfer_parameters(
-    transfers: Sequence[Transfer], per_section: float | None, why_not: str
-) -> Iterable[Parameter]:
+def _transfer_parameters(transfers: Sequence[Transfer], per_section: float | None, why_not: str) -> Iterable[Parameter]:
     if not transfers:
         for name, meaning in (("l", "a hand-off of the lock"), ("b", "the same, for each further waiter")):
             yield Parameter(name, meaning, "ns", Source.UNKNOWN, note=why_not)
@@ -380,9 +389,7 @@ def usable_for_slope(figure: LockFigure) -> bool:
     return figure.kind in FAIR and figure.shows_transfer and not figure.moved
 
 
-def _fit_transfers(
-    costs: Costs, transfers: Sequence[Transfer], bench: BenchResult, before: float
-) -> float | None:
+def _fit_transfers(costs: Costs, transfers: Sequence[Transfer], bench: BenchResult, before: float) -> float | None:
     """v, from bursts that were run at two placements or more. The costs were fitted with some of it in them: what is
     left is how much the placements differ."""
     by_name = {transfer.placement: transfer for transfer in transfers}

@@ -146,9 +146,7 @@ def _pairs(topology: Topology, seconds: float, left_out: list[str]) -> tuple[tup
     return chosen, max(1, min(20, affordable // len(chosen)))
 
 
-def _spread_out(
-    topology: Topology, pairs: Sequence[tuple[int, int]], of_each: int
-) -> tuple[tuple[int, int], ...]:
+def _spread_out(topology: Topology, pairs: Sequence[tuple[int, int]], of_each: int) -> tuple[tuple[int, int], ...]:
     by_relation: dict[str, list[tuple[int, int]]] = {}
     for pair in pairs:
         by_relation.setdefault(relation(topology, *pair), []).append(pair)

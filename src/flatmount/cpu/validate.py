@@ -1,0 +1,267 @@
+"""The model against bursts it has not seen, on this machine: how wrong it is, and where most."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flatmount._version import VERSION
+from flatmount.cpu.bench import BurstRuns, Progress, burst_figure, run_at
+from flatmount.cpu.burst import Bench as Stage
+from flatmount.cpu.burst import Burst, apart, stage
+from flatmount.cpu.model import CALIBRATION, Model, burst_s, fit_figures
+from flatmount.cpu.noise import Disturbance, Watch
+from flatmount.cpu.placements import placements
+from flatmount.cpu.records import to_data
+from flatmount.cpu.results import BenchResult, BurstFigure, Spread
+from flatmount.cpu.simulation import simulate_burst
+from flatmount.cpu.topology import Topology, read_topology
+from flatmount.errors import FlatmountError
+from flatmount.kernel import _native
+
+SCHEMA = "flatmount.cpu-validation/1"
+STRATEGIES = ("per-layer", "common-parent", "flat")
+
+# Fixed before they were run; none of the calibrated ones is among them.
+HELD_OUT = tuple(
+    burst
+    for containers, layers, copies, strategy in itertools.product(
+        (1, 2, 5, 10, 20, 50, 100, 150, 200), (5, 20, 50, 100), (0, 2), STRATEGIES
+    )
+    if (burst := Burst(strategy, containers, layers, copies)) not in CALIBRATION
+)
+# What plain interpolation is given: the four corners for each strategy, with copies and without.
+CORNERS = tuple(
+    Burst(strategy, containers, layers, copies)
+    for strategy, copies, containers, layers in itertools.product(STRATEGIES, (0, 2), (10, 50), (10, 100))
+)
+_CALIBRATION_REPEATS = 5
+_REPEATS = 3
+_CHEAP_S = 0.7  # what takes longer is run once
+_MOST_LAYERS = 100
+_SIMULATED = tuple(
+    Burst(strategy, containers, 20, copies)
+    for strategy, containers, copies in itertools.product(STRATEGIES, (20, 50, 100, 200), (0, 2))
+)
+_SIMULATIONS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A held-out burst: measured, predicted, and by interpolation, in seconds. `error` is predicted/measured - 1."""
+
+    burst: Burst
+    measured: Spread
+    predicted: float
+    low: float
+    high: float
+    interpolated: float
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured.median - 1
+
+    @property
+    def interpolation_error(self) -> float:
+        return self.interpolated / self.measured.median - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedPoint:
+    """The formula beside the simulation of the same, in seconds."""
+
+    burst: Burst
+    formula: float
+    simulated: float
+
+    @property
+    def error(self) -> float:
+        return self.formula / self.simulated - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What came of it. Errors are fractions. `not_run` were left out for want of time."""
+
+    version: str
+    topology: Topology
+    model: Model
+    calibrated: tuple[BurstFigure, ...]
+    points: tuple[Point, ...]
+    simulated: tuple[SimulatedPoint, ...]
+    not_run: tuple[Burst, ...]
+    took_s: float
+    disturbance: Disturbance
+
+    @property
+    def median_error(self) -> float:
+        return statistics.median(abs(point.error) for point in self.points)
+
+    @property
+    def interpolation_error(self) -> float:
+        return statistics.median(abs(point.interpolation_error) for point in self.points)
+
+    @property
+    def worst(self) -> Point:
+        """The point that is most wrong, as a factor in either direction."""
+        return max(self.points, key=lambda point: abs(math.log(point.predicted / point.measured.median)))
+
+    def group(self, strategy: str, copies: int) -> float | None:
+        """The median error of one strategy with so many copies."""
+        return median_error(p for p in self.points if (p.burst.strategy, p.burst.copies) == (strategy, copies))
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of an object of the schema `flatmount.cpu-validation/1`."""
+        data: dict[str, Any] = to_data(self)
+        worst = self.worst
+        return {
+            **data,
+            "median_error": self.median_error,
+            "interpolation_error": self.interpolation_error,
+            "worst": {"burst": to_data(worst.burst), "error": worst.error},
+        }
+
+
+def median_error(points: Iterable[Point]) -> float | None:
+    """The median of the absolute errors; None for no points."""
+    errors = [abs(point.error) for point in points]
+    return statistics.median(errors) if errors else None
+
+
+def validate(budget_s: float, *, progress: Progress = lambda _: None) -> Validation:
+    """Calibrate on six bursts, then run the held-out ones until `budget_s` seconds are over.
+
+    Mounts in a namespace of its own. Raises: MissingFeature without the privilege, FlatmountError where the budget did
+    not suffice for a single held-out burst.
+    """
+    started = time.monotonic()
+    topology = read_topology()
+    runs: BurstRuns = {}
+    with Watch() as watch:
+        not_run = apart(lambda: _run_all(runs, started + budget_s, progress))
+    figures = {burst: burst_figure(found) for (burst, _), found in runs.items()}
+    bench = bench_of(topology, [figures[burst] for burst in CALIBRATION])
+    model = fit_figures([figures[burst] for burst in CALIBRATION], bench)
+    points = tuple(_point(figures[burst], model, figures) for burst in HELD_OUT if burst in figures)
+    if not points:
+        raise FlatmountError(f"{budget_s:g} s were over before a held-out burst ran", hint="give --budget 240s")
+    return Validation(
+        VERSION,
+        topology,
+        model,
+        tuple(figures[burst] for burst in CALIBRATION),
+        points,
+        tuple(simulated_points(model)),
+        tuple(not_run),
+        round(time.monotonic() - started, 1),
+        watch.disturbance,
+    )
+
+
+def bench_of(topology: Topology, figures: Sequence[BurstFigure]) -> BenchResult:
+    """A result that holds bursts only, for the model to be fitted to."""
+    return BenchResult(
+        VERSION, topology, placements(topology), _native.pause_ns(), 0.0, 0.0, _CALIBRATION_REPEATS, 0.0,
+        Disturbance(0.0, 1, 0.0, 0.0), bursts=tuple(figures),
+    )  # fmt: skip
+
+
+def _run_all(runs: BurstRuns, deadline: float, progress: Progress) -> list[Burst]:
+    with stage(_MOST_LAYERS) as bench:
+        for repeat in range(_CALIBRATION_REPEATS):
+            progress(f"calibration, round {repeat + 1} of {_CALIBRATION_REPEATS}")
+            for burst in CALIBRATION:
+                run_at(bench, burst, None, runs)
+        for _ in range(_REPEATS):
+            for burst in CORNERS:
+                if burst not in CALIBRATION:
+                    run_at(bench, burst, None, runs)
+        return _run_held_out(bench, runs, deadline, progress)
+
+
+def _run_held_out(bench: Stage, runs: BurstRuns, deadline: float, progress: Progress) -> list[Burst]:
+    """Rounds in an order drawn once, dear ones only in the first. A burst that would not be over by the deadline, by
+    what the same with fewer containers took, is left out; so the dearest come after all others."""
+    order = sorted(HELD_OUT, key=lambda burst: burst.containers * burst.layers >= _DEAR)
+    cheap = [burst for burst in order if burst.containers * burst.layers < _DEAR]
+    random.Random(7).shuffle(cheap)
+    not_run: list[Burst] = []
+    for repeat in range(_REPEATS):
+        progress(f"held out, round {repeat + 1} of {_REPEATS}")
+        for burst in cheap:
+            known = runs.get((burst, ""))
+            if not known or known[-1].wall_s < _CHEAP_S:
+                _run_in_time(bench, burst, runs, deadline, not_run)
+    for burst in order[len(cheap) :]:
+        progress(f"held out, {burst}")
+        _run_in_time(bench, burst, runs, deadline, not_run)
+        while (known := runs.get((burst, ""))) and len(known) < _REPEATS and known[-1].wall_s < _CHEAP_S:
+            _run_in_time(bench, burst, runs, deadline, not_run)
+    return not_run
+
+
+_DEAR = 10_000  # containers times layers
+
+
+def _run_in_time(bench: Stage, burst: Burst, runs: BurstRuns, deadline: float, not_run: list[Burst]) -> None:
+    if time.monotonic() + _expected_s(burst, runs) < deadline:
+        run_at(bench, burst, None, runs)
+    elif (burst, "") not in runs and burst not in not_run:
+        not_run.append(burst)
+
+
+def _expected_s(burst: Burst, runs: BurstRuns) -> float:
+    """From the nearest smaller one of its kind, as if all grew with the square of containers times layers."""
+    size = burst.containers * burst.layers
+    same = [
+        (known.containers * known.layers, found[-1].wall_s)
+        for (known, _), found in runs.items()
+        if (known.strategy, known.copies) == (burst.strategy, burst.copies)
+    ]
+    smaller = [entry for entry in same if entry[0] <= size]
+    if not smaller:
+        return 0.1
+    nearest, wall_s = max(smaller)
+    return wall_s * (size / nearest) ** 2
+
+
+def _point(figure: BurstFigure, model: Model, figures: dict[Burst, BurstFigure]) -> Point:
+    predicted = model.predict(figure.burst)
+    return Point(
+        figure.burst,
+        figure.wall_s,
+        predicted.seconds,
+        predicted.low,
+        predicted.high,
+        interpolate(figure.burst, figures),
+    )
+
+
+def interpolate(burst: Burst, figures: dict[Burst, BurstFigure]) -> float:
+    """Seconds by straight lines through the logarithms of its strategy's four corners, carried on beyond them."""
+
+    def corner(containers: int, layers: int) -> float:
+        return math.log(figures[Burst(burst.strategy, containers, layers, burst.copies)].wall_s.median)
+
+    by_layers = (math.log(burst.layers) - math.log(10)) / (math.log(100) - math.log(10))
+    by_containers = (math.log(burst.containers) - math.log(10)) / (math.log(50) - math.log(10))
+    few = corner(10, 10) * (1 - by_layers) + corner(10, 100) * by_layers
+    many = corner(50, 10) * (1 - by_layers) + corner(50, 100) * by_layers
+    return math.exp(few * (1 - by_containers) + many * by_containers)
+
+
+def simulated_points(model: Model) -> Iterable[SimulatedPoint]:
+    """The formula and the simulation with a model's costs, over all strategies."""
+    for burst in _SIMULATED:
+        formula = burst_s(model.costs, burst, cpus=model.cpus, before=model.before)
+        times = [
+            simulate_burst(model.costs, burst, cpus=model.cpus, before=model.before, seed=seed)
+            for seed in range(_SIMULATIONS)
+        ]
+        yield SimulatedPoint(burst, formula, statistics.mean(times))
