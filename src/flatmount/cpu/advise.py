@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from flatmount.cpu.burst import Burst
 from flatmount.cpu.model import Model
 from flatmount.cpu.placements import Placement, placements
-from flatmount.cpu.results import BenchResult, BurstFigure, Kind, LockFigure, Spread, require_comparable
+from flatmount.cpu.results import BenchResult, Burst, BurstFigure, Kind, LockFigure, Spread, require_comparable
 from flatmount.cpu.topology import Topology, counted, format_list
 from flatmount.errors import FlatmountError, UsageError
 

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Sequence
 
 from flatmount._version import VERSION
 from flatmount.cpu.burst import Bench as Stage
-from flatmount.cpu.burst import Burst, BurstRun, apart, stage
+from flatmount.cpu.burst import BurstRun, apart, stage
 from flatmount.cpu.locks import GoneCpu, LockRun, PairRun, run_lock, run_pair
 from flatmount.cpu.noise import Watch
 from flatmount.cpu.placements import Placement
-from flatmount.cpu.results import BenchResult, BurstFigure, Cell, Kind, LockFigure, Spread
+from flatmount.cpu.results import BenchResult, Burst, BurstFigure, Cell, Kind, LockFigure, Spread
 from flatmount.cpu.schedule import PREHEAT_MS, BenchPlan, LockRunPlan, burst_order, calibration, plan_bench
 from flatmount.cpu.topology import Topology, read_topology
 from flatmount.errors import FlatmountError, MissingFeature
@@ -138,7 +138,7 @@ def _matrix(plan: BenchPlan, left_out: list[str], progress: Progress) -> tuple[C
 
 
 def cell_of(a: int, b: int, home: int, runs: Sequence[PairRun]) -> Cell:
-    """One cell from its repeats. A page whose node changed between repeats was moved: two homes are in one cell then."""
+    """One cell from its repeats. A page whose node changed between them was moved: the cell has two homes then."""
     nodes = {run.node for run in runs}
     batches = Spread.of(round(ns, 2) for run in runs for ns in run.batches_ns)
     return Cell(a, b, batches, home, runs[0].node, len(nodes) > 1 or any(run.moved for run in runs))

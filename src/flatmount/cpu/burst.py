@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from flatmount.cpu.noise import Disturbance, Watch
+from flatmount.cpu.results import Burst
 from flatmount.errors import FlatmountError, MissingFeature, OperationFailed, UsageError
 from flatmount.kernel import _native
 from flatmount.kernel.executor import Executable, run_once
@@ -49,34 +50,6 @@ _SPARE_MOUNTS = 1_000  # left free below fs.mount-max, for the copy of the host'
 _NO_TEMPLATE = -1
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Burst:
-    """What to start.
-
-    `copies` mount-namespace copies are made for each container (a runtime makes two), from the host's table or, with
-    `template`, from a namespace that holds one mount. At most `admit` containers assemble at a time (None: all).
-    `background` mounts were there before. `one_range` gives all containers the same user range.
-    """
-
-    strategy: str
-    containers: int
-    layers: int
-    copies: int = 0
-    admit: int | None = None
-    background: int = 0
-    template: bool = False
-    one_range: bool = False
-
-    def __str__(self) -> str:
-        parts = [self.strategy, f"C={self.containers}", f"L={self.layers}"]
-        parts += [f"{self.copies} copies"] if self.copies else []
-        parts += ["of a template"] if self.template else []
-        parts += [f"admit {self.admit}"] if self.admit else []
-        parts += [f"beside {self.background} mounts"] if self.background else []
-        parts += ["one range"] if self.one_range else []
-        return " ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def _step(
 
 
 def solve(matrix: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
-    """The solution of a square linear system, by elimination with pivots. Raises: ZeroDivisionError if there is none."""
+    """The solution of a square linear system, by elimination with pivots. Raises: ZeroDivisionError where none is."""
     rows = [[*row, value] for row, value in zip(matrix, right, strict=True)]
     size = len(rows)
     for i in range(size):

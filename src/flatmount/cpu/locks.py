@@ -89,7 +89,7 @@ class PairRun:
 
 
 def run_pair(a: int, b: int, home: int) -> PairRun:
-    """Send a fresh cache line to and fro between two processors; the page is first touched by `home`. Raises: GoneCpu."""
+    """Send a fresh cache line to and fro between two processors; `home` touches its page first. Raises: GoneCpu."""
     try:
         batches, node, moved = _native.ping_pong(a, b, home, _BATCHES, _ROUNDS, _PAIR_LIMIT_NS)
     except OSError as error:

@@ -22,11 +22,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from flatmount.cpu.burst import Burst
 from flatmount.cpu.chain import throughput
 from flatmount.cpu.least_squares import fit as least_squares
 from flatmount.cpu.least_squares import line
-from flatmount.cpu.results import FAIR, BenchResult, BurstFigure, LockFigure
+from flatmount.cpu.results import FAIR, BenchResult, Burst, BurstFigure, LockFigure
 from flatmount.errors import UsageError
 
 # Fixed before anything held out was run. At most 50 containers and two numbers of layers.
@@ -385,7 +384,7 @@ def transfers_of(bench: BenchResult) -> tuple[tuple[Transfer, ...], str]:
 
 
 def usable_for_slope(figure: LockFigure) -> bool:
-    """Whether a figure shows what a hand-off costs: a fair lock that really changes hands, on processors that stayed."""
+    """Whether a figure shows what a hand-off costs: a fair lock that changes hands, on processors that stayed."""
     return figure.kind in FAIR and figure.shows_transfer and not figure.moved
 
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from flatmount.cpu.burst import Burst
 from flatmount.cpu.model import Costs, burst_s, work_of
+from flatmount.cpu.results import Burst
 
 _TIMEOUT_S = 30.0
 _LAYERS = 50

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from flatmount.cpu.burst import Burst
 from flatmount.cpu.noise import Disturbance
 from flatmount.cpu.placements import Placement
 from flatmount.cpu.records import from_data, to_data
@@ -93,9 +92,9 @@ class LockFigure:
     """One kind of lock, at one placement, with so many threads.
 
     `ns` are nanoseconds for each section over all threads together. `hand_off` is the fraction of exclusive sections
-    whose lock came from another processor (None: the kind has none); `fairness` Jain's index of the threads' shares, from 1/n to
-    1; `retries` a reader's repeats for each read. Latencies come from runs of their own and include about 25 ns of
-    reading the clock twice.
+    whose lock came from another processor (None: the kind has none); `fairness` Jain's index of the threads' shares,
+    from 1/n to 1; `retries` a reader's repeats for each read. Latencies come from runs of their own and include the
+    reading of the clock, about 25 ns.
     """
 
     kind: Kind
@@ -126,6 +125,34 @@ class Cell:
     home: int
     node: int
     moved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """What to start.
+
+    `copies` mount-namespace copies are made for each container (a runtime makes two), from the host's table or, with
+    `template`, from a namespace that holds one mount. At most `admit` containers assemble at a time (None: all).
+    `background` mounts were there before. `one_range` gives all containers the same user range.
+    """
+
+    strategy: str
+    containers: int
+    layers: int
+    copies: int = 0
+    admit: int | None = None
+    background: int = 0
+    template: bool = False
+    one_range: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.strategy, f"C={self.containers}", f"L={self.layers}"]
+        parts += [f"{self.copies} copies"] if self.copies else []
+        parts += ["of a template"] if self.template else []
+        parts += [f"admit {self.admit}"] if self.admit else []
+        parts += [f"beside {self.background} mounts"] if self.background else []
+        parts += ["one range"] if self.one_range else []
+        return " ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flatmount.cpu.burst import Burst
 from flatmount.cpu.model import CALIBRATION
 from flatmount.cpu.placements import Placement, placements, thread_counts
-from flatmount.cpu.results import Kind
+from flatmount.cpu.results import Burst, Kind
 from flatmount.cpu.topology import Topology, counted
 from flatmount.errors import UsageError
 
@@ -65,7 +64,7 @@ class BenchPlan:
 
 
 def plan_bench(topology: Topology, budget_s: float, *, bursts: bool) -> BenchPlan:
-    """Fit locks, latencies, the matrix and bursts into `budget_s`. Raises: UsageError for a budget too small for any."""
+    """Fit locks, latencies, the matrix and bursts into `budget_s`. Raises: UsageError for too small a budget."""
     if budget_s < LEAST_BUDGET_S:
         raise UsageError(f"a budget of {budget_s:g} s is too small", hint=f"give {LEAST_BUDGET_S:g} s or more")
     there = placements(topology)

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from flatmount.cpu.burst import Burst
 from flatmount.cpu.model import Costs, work_of
+from flatmount.cpu.results import Burst
 
 _REGULARITY = 16.0
 
@@ -21,7 +21,7 @@ _REGULARITY = 16.0
 def simulate_lock(
     threads: int, parallel_s: float, serial_s: Callable[[int], float], sections: int, seed: int = 1
 ) -> float:
-    """Sections a second, over so many of them; times are exponential. A section gets dearer as soon as another waits."""
+    """Sections a second; times are exponential, and a section gets dearer as soon as another waits."""
     clock = 0.0
     rng = random.Random(seed)
     thinking = [(rng.expovariate(1 / parallel_s), i) for i in range(threads)]
