@@ -37,9 +37,10 @@ CORNERS = tuple(
     Burst(strategy, containers, layers, copies)
     for strategy, copies, containers, layers in itertools.product(STRATEGIES, (0, 2), (10, 50), (10, 100))
 )
-_CALIBRATION_REPEATS = 5
-_REPEATS = 3
-_CHEAP_S = 0.7  # what takes longer is run once
+_CALIBRATION_REPEATS = 7
+# What takes longer than a time is repeated so often.
+_REPEATS = ((0.7, 1), (0.1, 3), (0.0, 7))
+_MOST_REPEATS = 7
 _MOST_LAYERS = 100
 _SIMULATED = tuple(
     Burst(strategy, containers, 20, copies)
@@ -92,42 +93,48 @@ def _run_all(runs: BurstRuns, deadline: float, progress: Progress) -> list[Burst
             progress(f"calibration, round {repeat + 1} of {_CALIBRATION_REPEATS}")
             for burst in CALIBRATION:
                 run_at(bench, burst, None, runs)
-        for _ in range(_REPEATS):
             for burst in CORNERS:
-                if burst not in CALIBRATION:
+                if burst not in CALIBRATION and _wanted(burst, runs):
                     run_at(bench, burst, None, runs)
         return _run_held_out(bench, runs, deadline, progress)
 
 
 def _run_held_out(bench: Stage, runs: BurstRuns, deadline: float, progress: Progress) -> list[Burst]:
-    """Rounds in an order drawn once, dear ones only in the first. A burst that would not be over by the deadline, by
-    what the same with fewer containers took, is left out; so the dearest come after all others."""
-    order = sorted(HELD_OUT, key=lambda burst: burst.containers * burst.layers >= _DEAR)
+    """Rounds in an order drawn once, and the dearest after all others, smallest first. A burst that would not be over
+    by the deadline, by what the same with fewer containers took, is left out."""
+    order = sorted(HELD_OUT, key=lambda burst: burst.containers * burst.layers)
     cheap = [burst for burst in order if burst.containers * burst.layers < _DEAR]
+    dear = order[len(cheap) :]
     random.Random(7).shuffle(cheap)
     not_run: list[Burst] = []
-    for repeat in range(_REPEATS):
-        progress(f"held out, round {repeat + 1} of {_REPEATS}")
+    for repeat in range(_MOST_REPEATS):
+        progress(f"held out, round {repeat + 1} of {_MOST_REPEATS}")
         for burst in cheap:
-            known = runs.get((burst, ""))
-            if not known or known[-1].wall_s < _CHEAP_S:
+            if _wanted(burst, runs):
                 _run_in_time(bench, burst, runs, deadline, not_run)
-    for burst in order[len(cheap) :]:
+    for burst in dear:
         progress(f"held out, {burst}")
-        _run_in_time(bench, burst, runs, deadline, not_run)
-        while (known := runs.get((burst, ""))) and len(known) < _REPEATS and known[-1].wall_s < _CHEAP_S:
-            _run_in_time(bench, burst, runs, deadline, not_run)
+        while _wanted(burst, runs) and _run_in_time(bench, burst, runs, deadline, not_run):
+            pass
     return not_run
+
+
+def _wanted(burst: Burst, runs: BurstRuns) -> bool:
+    """Whether one more repeat is due, by what the last one took."""
+    known = runs.get((burst, ""), [])
+    return not known or len(known) < next(n for least, n in _REPEATS if known[-1].wall_s >= least)
 
 
 _DEAR = 10_000  # containers times layers
 
 
-def _run_in_time(bench: Stage, burst: Burst, runs: BurstRuns, deadline: float, not_run: list[Burst]) -> None:
+def _run_in_time(bench: Stage, burst: Burst, runs: BurstRuns, deadline: float, not_run: list[Burst]) -> bool:
     if time.monotonic() + _expected_s(burst, runs) < deadline:
         run_at(bench, burst, None, runs)
-    elif (burst, "") not in runs and burst not in not_run:
+        return True
+    if (burst, "") not in runs and burst not in not_run:
         not_run.append(burst)
+    return False
 
 
 def _expected_s(burst: Burst, runs: BurstRuns) -> float:

@@ -115,6 +115,7 @@ def copy_tree(
     from_fd: int, to_fd: int, uids: Sequence[tuple[int, int, int]], gids: Sequence[tuple[int, int, int]], /
 ) -> int: ...
 def sync_filesystem(fd: int, /) -> None: ...
+
 # locks.c. Kinds of locks by number: flatmount.cpu.locks.Kind.
 
 def contend_for_lock(
