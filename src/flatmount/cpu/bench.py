@@ -10,10 +10,11 @@ from flatmount._version import VERSION
 from flatmount.cpu.burst import Bench as Stage
 from flatmount.cpu.burst import BurstRun, apart, stage
 from flatmount.cpu.locks import GoneCpu, LockRun, PairRun, run_lock, run_pair
+from flatmount.cpu.model import CALIBRATION
 from flatmount.cpu.noise import Watch
 from flatmount.cpu.placements import Placement
 from flatmount.cpu.results import BenchResult, Burst, BurstFigure, Cell, Kind, LockFigure, Spread
-from flatmount.cpu.schedule import PREHEAT_MS, BenchPlan, LockRunPlan, burst_order, calibration, plan_bench
+from flatmount.cpu.schedule import PREHEAT_MS, BenchPlan, LockRunPlan, burst_order, plan_bench
 from flatmount.cpu.topology import Topology, read_topology
 from flatmount.errors import FlatmountError, MissingFeature
 from flatmount.kernel import _native
@@ -23,7 +24,7 @@ BurstRuns = dict[tuple[Burst, str], list[BurstRun]]
 
 _MOST_LAYERS = 100
 _CALIBRATION_REPEATS = 3
-_MOST_REPEATS = 9
+_LEFT_FOR_LATER = 0.5  # of the budget, for what comes after the locks
 
 
 def run_bench(budget_s: float, *, bursts: bool = True, progress: Progress = lambda _: None) -> BenchResult:
@@ -39,7 +40,8 @@ def run_bench(budget_s: float, *, bursts: bool = True, progress: Progress = lamb
     load = os.getloadavg()[0]
     left_out = list(plan.left_out)
     with Watch() as watch:
-        locks = _locks(plan, left_out, progress)
+        # A busy machine takes longer than planned: what is late ends after the round that has begun.
+        repeats, locks = _locks(plan, started + budget_s * (1 - _LEFT_FOR_LATER), left_out, progress)
         matrix = _matrix(plan, left_out, progress)
         figures: tuple[BurstFigure, ...] = ()
         if plan.burst_s:
@@ -55,7 +57,7 @@ def run_bench(budget_s: float, *, bursts: bool = True, progress: Progress = lamb
         pause_ns=round(_native.pause_ns(), 2),
         budget_s=budget_s,
         took_s=round(time.monotonic() - started, 2),
-        repeats=plan.repeats,
+        repeats=repeats,
         load_before=round(load, 2),
         disturbance=watch.disturbance,
         locks=locks,
@@ -71,7 +73,10 @@ def _offline_since(topology: Topology) -> Iterable[str]:
         yield f"processors {sorted(gone)} went offline meanwhile"
 
 
-def _locks(plan: BenchPlan, left_out: list[str], progress: Progress) -> tuple[LockFigure, ...]:
+def _locks(
+    plan: BenchPlan, deadline: float, left_out: list[str], progress: Progress
+) -> tuple[int, tuple[LockFigure, ...]]:
+    """How often each lock was run, and the figures."""
     runs: dict[LockRunPlan, list[LockRun]] = {lock: [] for lock in plan.locks}
     sampled: dict[LockRunPlan, LockRun] = {}
     for repeat in range(plan.repeats):
@@ -81,13 +86,17 @@ def _locks(plan: BenchPlan, left_out: list[str], progress: Progress) -> tuple[Lo
                 runs[lock].append(run_lock(lock.kind, lock.cpus, plan.run_ms, preheat_ms=PREHEAT_MS))
             except GoneCpu as gone:
                 _once(left_out, f"{lock.kind.value} at {lock.placement.name}: {gone}")
+        if time.monotonic() > deadline and repeat + 1 < plan.repeats:
+            left_out.append(f"locks: {plan.repeats - repeat - 1} of {plan.repeats} repeats, it took too long")
+            break
     progress("latencies")
     for lock in plan.latencies:
         try:
             sampled[lock] = run_lock(lock.kind, lock.cpus, plan.run_ms, preheat_ms=PREHEAT_MS, sample=True)
         except GoneCpu as gone:
             _once(left_out, f"{lock.kind.value} at {lock.placement.name}: {gone}")
-    return tuple(lock_figure(lock, found, sampled.get(lock)) for lock, found in runs.items() if found)
+    figures = tuple(lock_figure(lock, found, sampled.get(lock)) for lock, found in runs.items() if found)
+    return max(map(len, runs.values()), default=0), figures
 
 
 def _once(left_out: list[str], line: str) -> None:
@@ -149,8 +158,9 @@ def _bursts(plan: BenchPlan, deadline: float, left_out: list[str], progress: Pro
     with stage(_MOST_LAYERS) as bench:
         for repeat in range(_CALIBRATION_REPEATS):
             progress(f"bursts for the model, round {repeat + 1} of {_CALIBRATION_REPEATS}")
-            for burst, _ in calibration():
-                run_at(bench, burst, None, runs)
+            for burst in CALIBRATION:
+                if repeat == 0 or time.monotonic() < deadline:
+                    run_at(bench, burst, None, runs)
         skipped = _as_time_allows(bench, burst_order(plan.placements), deadline, runs, progress)
         if skipped:
             left_out.append(f"bursts: {skipped} of {len(burst_order(plan.placements))} combinations beyond the model's")
@@ -192,15 +202,14 @@ def run_at(bench: Stage, burst: Burst, placement: Placement | None, runs: BurstR
         found = bench.run(burst)
     finally:
         os.sched_setaffinity(0, before)
-    known = runs.setdefault((burst, placement.name if placement else ""), [])
-    if len(known) < _MOST_REPEATS:
-        known.append(found)
+    runs.setdefault((burst, placement.name if placement else ""), []).append(found)
 
 
 def burst_figure(runs: Sequence[BurstRun], placement: str = "") -> BurstFigure:
-    """One figure from its repeats. Raises: FlatmountError for none."""
+    """One figure from its repeats: the quiet ones, where there are any. Raises: FlatmountError for none."""
     if not runs:
         raise FlatmountError("a burst without a run")
+    runs = [run for run in runs if run.quiet] or runs
     middle = sorted(runs, key=lambda run: run.wall_s)[len(runs) // 2]
     return BurstFigure(
         middle.burst,

@@ -27,8 +27,3 @@ def throughput(threads: int, parallel_s: float, serial_s: Callable[[int], float]
         if total > 1e200:  # only ratios matter
             weight, total, served = weight / total, 1.0, served / total
     return served / total
-
-
-def peak(most: int, parallel_s: float, serial_s: Callable[[int], float]) -> int:
-    """How many threads, up to `most`, give the highest throughput."""
-    return max(range(1, most + 1), key=lambda n: throughput(n, parallel_s, serial_s))

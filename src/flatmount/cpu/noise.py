@@ -14,6 +14,7 @@ STOLEN_SHARE = 0.01
 LEAST_SECONDS = 0.2
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _PF_KTHREAD = 0x00200000
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,28 @@ class Disturbance:
 
 
 QUIET = Disturbance(0.0, 1, 0.0, 0.0)
+
+
+def others_running() -> int:
+    """How many tasks besides the caller want a processor at this moment; 0 where the kernel does not tell."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("procs_running"):
+                    return max(0, int(line.split()[1]) - 1)
+    except OSError:
+        pass
+    return 0
+
+
+def wait_until_quiet(limit_s: float) -> bool:
+    """Wait, for `limit_s` at most, until nobody else wants a processor. Returns whether that came."""
+    deadline = time.monotonic() + limit_s
+    while others_running():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 class Watch:

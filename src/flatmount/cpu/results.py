@@ -167,6 +167,11 @@ class BurstFigure:
     mounts_before: int
     placement: str = ""
 
+    @property
+    def operations_per_s(self) -> float:
+        """Mount operations a second over the whole burst."""
+        return self.mount_operations / self.wall_s.median
+
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flatmount.cpu.model import CALIBRATION
 from flatmount.cpu.placements import Placement, placements, thread_counts
 from flatmount.cpu.results import Burst, Kind
 from flatmount.cpu.topology import Topology, counted
@@ -173,8 +172,3 @@ def burst_order(there: Sequence[Placement]) -> tuple[tuple[Burst, Placement | No
         for strategy in ("per-layer", "common-parent", "flat")
     ]
     return (*places, *sweep, *caps, *beside)
-
-
-def calibration() -> tuple[tuple[Burst, Placement | None], ...]:
-    """The bursts that the model needs, on all processors."""
-    return tuple((burst, None) for burst in CALIBRATION)

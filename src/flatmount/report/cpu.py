@@ -195,12 +195,7 @@ def _table_growth(bench: BenchResult) -> str:
         if (f.burst.containers, f.burst.layers, f.burst.copies, f.burst.admit) == (20, 20, 0, None):
             chosen.setdefault(f.burst.strategy, []).append(f)
     rows = [
-        [
-            str(f.burst),
-            f"{f.mounts_before}",
-            figure(f.mount_operations / f.wall_s.median),
-            figure(f.wall_s.median * 1e3),
-        ]
+        [str(f.burst), f"{f.mounts_before}", figure(f.operations_per_s), figure(f.wall_s.median * 1e3)]
         for found in chosen.values()
         for f in found
     ]
@@ -248,6 +243,7 @@ def _model(validation: Validation | None) -> str:
         [p.name, p.meaning, figure(p.value) if p.value is not None else "not identified", p.unit, p.source.value]
         for p in validation.model.parameters
     ]
+    heads = ["burst", "measured, ms", "predicted", "error"]
     rows = [
         [str(p.burst), spread(p.measured, 1e3), figure(p.predicted * 1e3), f"{p.error:+.0%}"] for p in validation.points
     ]
@@ -257,7 +253,7 @@ def _model(validation: Validation | None) -> str:
         _legend(named),
         _chart(line_chart("predicted against measured", series, x, y, height=420)),
         _table(["", "parameter", "value", "unit", "source"], parameters),
-        f"<details><summary>every point</summary>{_table(['burst', 'measured, ms', 'predicted', 'error'], rows)}</details>",
+        f"<details><summary>every point</summary>{_table(heads, rows)}</details>",
     )
 
 
@@ -312,14 +308,15 @@ def _throughput(bench: BenchResult) -> str:
         Series(f"k{i % len(_LOOKS)}", name, tuple((float(f.threads), 1e3 / f.ns.median) for f in found))
         for i, (name, found) in enumerate(lines)
     ]
-    peaks = [[name, *max((1e3 / f.ns.median, f.threads) for f in found)] for name, found in lines]
+    peaks = [(name, max((1e3 / f.ns.median, f.threads) for f in found)) for name, found in lines]
+    rows = [[name, figure(peak), f"{threads}"] for name, (peak, threads) in peaks]
     x, y = _axes(series, "threads", "million sections a second")
     return _section(
         "Throughput and its peak",
         "All threads together. More threads than at the peak only wait.",
         _legend((one.style, one.title) for one in series),
         _chart(line_chart("throughput against threads", series, x, y, dots=True)),
-        _table(["", "peak, million/s", "at threads"], ([str(n), figure(float(p)), str(t)] for n, p, t in peaks)),
+        _table(["", "peak, million/s", "at threads"], rows),
     )
 
 

@@ -19,7 +19,7 @@ def topology_picture(topology: Topology) -> str:
     drawn: list[str] = []
     top = 0.0
     for package in topology.packages:
-        height = _HEAD
+        height: float = _HEAD
         inner: list[str] = []
         for node in topology.nodes:
             inside = [cpu for cpu in node.cpus if cpu in package]

@@ -44,7 +44,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def topology_text(topology: Topology) -> str:
     """The machine as a picture: sockets, nodes, caches, cores with their siblings, and what is limited or hidden."""
-    lines = [topology.summary()]
+    lines = textwrap.wrap(topology.summary(), _WIDTH, subsequent_indent="  ")
     for number, package in enumerate(topology.packages):
         lines.append(f"socket {topology.cpu(package[0]).package if package else number}")
         for node in topology.nodes:
@@ -60,9 +60,8 @@ def topology_text(topology: Topology) -> str:
     if topology.quota_cpus is not None:
         lines.append(f"its control group's quota is {figure(topology.quota_cpus)} processors")
     if topology.smt_control:
-        lines.append(
-            f"SMT: {'on' if topology.smt else 'off' if topology.smt is False else '?'} ({topology.smt_control})"
-        )
+        state = {True: "on", False: "off", None: "not said"}[topology.smt]
+        lines.append(f"SMT: {state} ({topology.smt_control})")
     if topology.governor:
         lines.append(f"frequency governor: {topology.governor}")
     if topology.hypervisor:
@@ -105,8 +104,8 @@ def bench_text(bench: BenchResult) -> str:
         if hiding:
             parts.append(
                 _wrapped(
-                    f"{', '.join(sorted(hiding))}: mostly kept by the processor that had the lock, so that these figures "
-                    "hide what a hand-off costs and have no rank beside fair locks"
+                    f"{', '.join(sorted(hiding))}: mostly kept by the processor that had the lock, so that these "
+                    "figures hide what a hand-off costs and have no rank beside fair locks"
                 )
             )
     if bench.matrix:
@@ -138,7 +137,7 @@ def _lock_row(bench: BenchResult, index: int) -> Sequence[str]:
 def burst_row(f: BurstFigure) -> Sequence[str]:
     """One burst as cells: what, milliseconds, mount operations a second, when the median container was done."""
     where = f" at {f.placement}" if f.placement else ""
-    rate = f"{f.mount_operations / f.wall_s.median:,.0f}"
+    rate = f"{f.operations_per_s:,.0f}"
     return [f"{f.burst}{where}", spread(f.wall_s, 1e3), rate, f"{min(1.0, f.half_s / f.wall_s.median):.0%}"]
 
 
@@ -181,8 +180,8 @@ def validation_text(validation: Validation) -> str:
     simulated = sorted(abs(p.error) for p in validation.simulated)
     parts = [
         f"calibrated on {', '.join(str(f.burst) for f in validation.calibrated)}",
-        f"held out: {len(validation.points)} bursts in {validation.took_s:g} s; "
-        f"median error {validation.median_error:.1%}, interpolation through 24 points {validation.interpolation_error:.1%}",
+        f"held out: {len(validation.points)} bursts in {validation.took_s:g} s; median error "
+        f"{validation.median_error:.1%}, interpolation through 24 points {validation.interpolation_error:.1%}",
         table(["strategy", "median error"], rows),
         f"worst: {_point_line(worst)}",
     ]
