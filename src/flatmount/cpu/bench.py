@@ -24,7 +24,8 @@ BurstRuns = dict[tuple[Burst, str], list[BurstRun]]
 
 _MOST_LAYERS = 100
 _CALIBRATION_REPEATS = 3
-_LEFT_FOR_LATER = 0.5  # of the budget, for what comes after the locks
+# Of the budget, for what comes after the locks, with bursts and without.
+_LEFT_FOR_LATER, _LEFT_FOR_MATRIX = 0.5, 0.2
 
 
 def run_bench(budget_s: float, *, bursts: bool = True, progress: Progress = lambda _: None) -> BenchResult:
@@ -41,7 +42,8 @@ def run_bench(budget_s: float, *, bursts: bool = True, progress: Progress = lamb
     left_out = list(plan.left_out)
     with Watch() as watch:
         # A busy machine takes longer than planned: what is late ends after the round that has begun.
-        repeats, locks = _locks(plan, started + budget_s * (1 - _LEFT_FOR_LATER), left_out, progress)
+        for_later = _LEFT_FOR_LATER if plan.burst_s else _LEFT_FOR_MATRIX
+        repeats, locks = _locks(plan, started + budget_s * (1 - for_later), left_out, progress)
         matrix = _matrix(plan, left_out, progress)
         figures: tuple[BurstFigure, ...] = ()
         if plan.burst_s:

@@ -15,6 +15,7 @@ from flatmount.report.style import style_of, style_sheet
 from flatmount.report.svg import Axis, Bar, Series, bar_chart, line_chart
 
 LIMIT_S = 30.0
+_MOST_ROWS = 16  # longer tables are folded
 _STRATEGIES = ("per-layer", "common-parent", "flat")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 # Colour on white, colour on black and dash for locks and placements; the same palette as the strategies', and more.
@@ -40,6 +41,7 @@ svg text.small { font-size: 10.5px; }
 .calibrated { --c: #c2410c; --dash: none; }
 .calibrated .dot { stroke: var(--ink); stroke-width: 1.2; }
 p.warning { color: #b42318; }
+summary { color: var(--soft); font-size: .9rem; cursor: pointer; margin-top: .6rem; }
 """
 
 Row = Sequence[str]
@@ -105,8 +107,11 @@ def _chart(drawing: str) -> str:
 
 def _table(heads: Row, rows: Iterable[Row]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    whole = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    if len(lines) <= _MOST_ROWS:
+        return whole
+    return f"<details><summary>table of {len(lines)} rows</summary>{whole}</details>"
 
 
 def _legend(entries: Iterable[tuple[str, str]]) -> str:
@@ -133,7 +138,7 @@ def _topology(topology: Topology) -> str:
         "Topology",
         " ".join(facts),
         _chart(topology_picture(topology)),
-        f"<details><summary>table</summary>{_table(heads, rows)}</details>",
+        _table(heads, rows),
     )
 
 
@@ -253,7 +258,7 @@ def _model(validation: Validation | None) -> str:
         _legend(named),
         _chart(line_chart("predicted against measured", series, x, y, height=420)),
         _table(["", "parameter", "value", "unit", "source"], parameters),
-        f"<details><summary>every point</summary>{_table(heads, rows)}</details>",
+        _table(heads, rows),
     )
 
 
@@ -330,18 +335,21 @@ def _hand_off(bench: BenchResult) -> str:
             f"k{i % len(_LOOKS)}",
             f.kind.value if len(bench.placements) == 1 else f"{f.kind.value} {f.placement}",
             1e3 / f.ns.median,
-            f"{1e3 / f.ns.median:.3g} M/s, {f.hand_off or 0:.1%} handed off",
+            f"{1e3 / f.ns.median:.3g}  ({f.hand_off or 0:.0%} moved)",
         )
         for i, f in enumerate(chosen)
     ]
     axis = Axis.linear("million sections a second", [bar.value for bar in bars])
-    rows = [[bar.name, bar.text, f"{f.fairness:.2f}"] for bar, f in zip(bars, chosen, strict=True)]
+    rows = [
+        [bar.name, f"{f.threads}", figure(bar.value), f"{f.hand_off or 0:.1%}", f"{f.fairness:.2f}"]
+        for bar, f in zip(bars, chosen, strict=True)
+    ]
     return _section(
         "Throughput beside hand-offs",
         "A lock that the same processor takes again and again is fast because its cache line never moves. Only locks "
-        "that change hands tell what a hand-off costs.",
+        "that change hands tell what a hand-off costs; in brackets, how many of the sections did.",
         _chart(bar_chart("throughput and hand-offs", bars, axis)),
-        _table(["lock", "throughput and hand-offs", "fairness"], rows),
+        _table(["lock", "threads", "million/s", "handed off", "fairness"], rows),
     )
 
 
@@ -357,7 +365,7 @@ def _matrix(bench: BenchResult) -> str:
         "One cache line sent to and fro, one way, in the order of the topology; a fresh page for each pair, first "
         "touched by the first of the two. Latency does not rank machines: contended cost has to be measured.",
         _chart(heat_map(bench.topology.in_order, bench.matrix)),
-        f"<details><summary>table</summary>{table}</details>",
+        table,
     )
 
 

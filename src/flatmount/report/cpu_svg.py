@@ -10,7 +10,7 @@ from flatmount.cpu.results import Cell
 from flatmount.cpu.topology import Topology
 from flatmount.report.svg import WIDTH
 
-_BOX, _GAP, _PAD, _HEAD = 30, 4, 10, 20
+_BOX, _GAP, _PAD, _HEAD = 28, 4, 10, 20
 _LEGEND = 46
 
 

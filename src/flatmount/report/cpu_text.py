@@ -32,12 +32,13 @@ def spread(value: Spread, factor: float = 1.0) -> str:
     return text
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns under their heads; the first is flush left, the others flush right."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> str:
+    """Columns under their heads; the first is flush left, the others flush right unless they are `words`."""
     lines = [list(heads), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
+    place = str.ljust if words else str.rjust
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        "  ".join([line[0].ljust(widths[0]), *(place(c, w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
         for line in lines
     )
 
