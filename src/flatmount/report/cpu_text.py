@@ -37,10 +37,12 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = 
     lines = [list(heads), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     place = str.ljust if words else str.rjust
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(place(c, w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in lines
-    )
+
+    def drawn(line: Sequence[str]) -> str:
+        others = (place(cell, width) for cell, width in zip(line[1:], widths[1:], strict=True))
+        return "  ".join([line[0].ljust(widths[0]), *others]).rstrip()
+
+    return "\n".join(map(drawn, lines))
 
 
 def topology_text(topology: Topology) -> str:
@@ -208,9 +210,8 @@ def _point_line(point: Point) -> str:
 
 def published_text(facts: Sequence[Fact]) -> str:
     """Every published fact with what the model says."""
-    return table(
-        ["", "published", "model", "verdict"], ([f.subject, f.statement, f.said, f.verdict.value] for f in facts)
-    )
+    rows = ([f.subject, f.statement, f.said, f.verdict.value] for f in facts)
+    return table(["", "published", "model", "verdict"], rows, words=True)
 
 
 def advice_text(advice: Sequence[Advice]) -> str:
