@@ -9,7 +9,7 @@ DEMO_PAGE ?= $(CURDIR)/.demo/storm.html
 NATIVE := $(wildcard native/*.c native/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint man format soak bench fuzz sanitize clean
+.PHONY: help setup demo test lint man format soak bench processors fuzz sanitize clean
 
 help: ## show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -50,6 +50,11 @@ soak: $(READY) ## the long rounds that `make test` runs a seeded tenth of
 
 bench: $(READY) ## the ratios, each measured in one run
 	$(RUN)/python -m bench
+
+processors: $(READY) ## what this machine's locks and bursts cost, and how wrong the model of them is (6 minutes, root)
+	mkdir -p .demo
+	-$(RUN)/flatmount cpu model validate --budget 290s --output .demo/validation.json
+	$(RUN)/flatmount cpu bench --budget 60s --output .demo/processors.json --html .demo/processors.html --validation .demo/validation.json
 
 sanitize: $(READY) ## the native code's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize "$(RUN)"

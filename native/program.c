@@ -34,6 +34,7 @@
  * thread of our own unless the calling thread was adopted (adopt_thread); SETNS always does.
  */
 #include "common.h"
+#include "program.h"
 
 #include <errno.h>
 #include <linux/capability.h>
@@ -618,6 +619,56 @@ out:
 	return results;
 }
 
+struct fm_run {
+	struct run run;
+	uint32_t nanoseconds[]; /* one for each operation, then the arena */
+};
+
+struct fm_run *fm_run_prepare(PyObject *self, PyObject *arguments)
+{
+	const struct program *program = (const struct program *)self;
+	PyObject *lent, *parameters, *ids;
+
+	if (!PyArg_ParseTuple(arguments, "O!O!O!:burst", &PyTuple_Type, &lent, &PyTuple_Type, &parameters, &PyTuple_Type,
+			      &ids))
+		return NULL;
+	size_t timing = program->count * sizeof(uint32_t);
+	struct fm_run *prepared = PyMem_Calloc(1, sizeof(*prepared) + timing + ARENA_BYTES);
+	if (!prepared) {
+		PyErr_NoMemory();
+		return NULL;
+	}
+	prepared->run.program = program;
+	prepared->run.nanoseconds = prepared->nanoseconds;
+	prepared->run.arena = (char *)prepared->nanoseconds + timing;
+	if (take_arguments(&prepared->run, lent, parameters, ids) < 0) {
+		PyMem_Free(prepared);
+		return NULL;
+	}
+	return prepared;
+}
+
+void fm_run_perform(struct fm_run *prepared)
+{
+	struct run *run = &prepared->run;
+
+	run_all(run);
+	close_slots(run);
+}
+
+PyObject *fm_run_result(const struct fm_run *prepared)
+{
+	const struct run *run = &prepared->run;
+
+	return Py_BuildValue("(IIIiN)", run->done, run->counted, run->failed_at, run->error,
+			     PyUnicode_DecodeFSDefault(run->message));
+}
+
+void fm_run_free(struct fm_run *prepared)
+{
+	PyMem_Free(prepared);
+}
+
 /* A string is good when it starts inside the table and names only parameters that will be there. */
 static int good_string(const struct program *program, uint32_t offset)
 {
@@ -730,6 +781,7 @@ static void program_dealloc(PyObject *self)
 static PyMethodDef program_methods[] = {
 	{"run", program_run, METH_VARARGS, "run(lent, parameters, ids) -> outcome"},
 	{"run_many", program_run_many, METH_VARARGS, "run_many([(lent, parameters, ids)], threads) -> [outcome]"},
+	{"burst", fm_program_burst, METH_VARARGS, "burst(runs, crew, copies, template) -> (nanoseconds, ended, results)"},
 	{NULL, NULL, 0, NULL},
 };
 

@@ -28,6 +28,21 @@ class Program:
         kernel's own message, the output descriptors (the caller's now) and nanoseconds for each operation as native
         uint32.
         """
+    def burst(
+        self,
+        runs: tuple[tuple[tuple[int, ...], tuple[bytes, ...], tuple[int, int, int, int]], ...],
+        crew: int,
+        copies: int,
+        template: int,
+    ) -> tuple[int, tuple[int, ...], tuple[tuple[tuple[int, int, int, int, str], int], ...]]:
+        """Start many runs at the same moment on `crew` threads of their own, in the calling thread's mount namespace.
+
+        Each run is what `run` takes; where `copies` is not 0, a task copies the mount namespace so often after it, from
+        the namespace `template` or (-1) from the host's, and ends. A failed run is not undone, and outputs are closed.
+        Returns nanoseconds until all threads had ended, until each run (and its copies) was done, and for each run
+        (operations done, mount operations done, place of the failure, errno, the kernel's message) with the errno of
+        its copies. Raises OSError where the threads cannot be made.
+        """
 
     def run_many(
         self, jobs: list[tuple[tuple[int, ...], tuple[bytes, ...], tuple[int, int, int, int]]], threads: int
@@ -100,3 +115,26 @@ def copy_tree(
     from_fd: int, to_fd: int, uids: Sequence[tuple[int, int, int]], gids: Sequence[tuple[int, int, int]], /
 ) -> int: ...
 def sync_filesystem(fd: int, /) -> None: ...
+
+# locks.c. Kinds of locks by number: flatmount.cpu.locks.Kind.
+
+def contend_for_lock(
+    kind: int, cpus: tuple[int, ...], preheat_ns: int, run_ns: int, sample: int, /
+) -> tuple[tuple[int, int, int, int, int, bytes], ...]:
+    """Let one thread pinned to each of `cpus` take one lock again and again for `run_ns` after `preheat_ns`.
+
+    Returns for each thread: sections, those whose lock came from another processor, a reader's repeats, nanoseconds it
+    counted, whether it was moved to another processor, and every `sample`-th section's nanoseconds (uint32; 0: none).
+    Raises OSError: EINVAL for a processor that is offline or not allowed.
+    """
+
+def ping_pong(
+    cpu: int, other: int, home: int, batches: int, rounds: int, limit_ns: int, /
+) -> tuple[list[float], int, int]:
+    """Send one cache line of a fresh page, first touched by the processor `home`, to and fro between two others.
+
+    Returns the one-way nanoseconds of each batch that was finished within `limit_ns`, the NUMA node of the page (-1:
+    not known), and whether a thread was moved. Raises OSError as above.
+    """
+
+def pause_ns() -> float: ...
