@@ -199,13 +199,17 @@ class Client:
     def document(self, path: str, accept: str, most_bytes: int) -> Answer:
         """GET a manifest or a small blob as a whole. Raises: RegistryError, BadImage past `most_bytes`."""
         for endpoint in self._asked():
-            with self._or_the_next(endpoint), endpoint.open(path, {"Accept": accept}) as response:
-                raw = self._transport.body(response, most_bytes)
-                if raw is None:
-                    raise BadImage(f"{self.reference.name}: {path} has more than {most_bytes} bytes", hint="no image")
-                content_type = (response.header("Content-Type") or "").partition(";")[0].strip().lower()
-                return Answer(raw, content_type, response.header("Docker-Content-Digest"))
+            with self._or_the_next(endpoint):
+                return self._whole(endpoint, path, accept, most_bytes)
         raise AssertionError("the registry itself is always asked last")
+
+    def _whole(self, endpoint: Endpoint, path: str, accept: str, most_bytes: int) -> Answer:
+        with endpoint.open(path, {"Accept": accept}) as response:
+            raw = self._transport.body(response, most_bytes)
+            if raw is None:
+                raise BadImage(f"{self.reference.name}: {path} has more than {most_bytes} bytes", hint="no image")
+            content_type = (response.header("Content-Type") or "").partition(";")[0].strip().lower()
+            return Answer(raw, content_type, response.header("Docker-Content-Digest"))
 
     def blob(self, wanted: Descriptor) -> Iterator[bytes]:
         """The bytes of a blob in their order, gone on with where a connection broke; not verified.
@@ -233,7 +237,7 @@ class Client:
     def tags(self, most: int) -> list[str]:
         """Some tags of the repository, for a hint; none where the registry does not tell."""
         try:
-            answer = self.document(f"tags/list?n={most}", "application/json", 1 << 22)
+            answer = self._whole(self._endpoints[-1], f"tags/list?n={most}", "application/json", 1 << 22)
             tags = json.loads(answer.raw)["tags"]
             return [clean(str(tag)) for tag in tags[:most]]
         except (RegistryError, BadImage, ValueError, KeyError, TypeError, RecursionError):

@@ -155,7 +155,7 @@ class Transport:
                 piece = response.raw.read1(_PIECE)
             except (exceptions.HTTPError, OSError) as error:
                 self._go_on()
-                raise _explain(error, response.url) from error
+                raise _broken_off(error, response.url) from error
             self._go_on()
             if not piece:
                 return
@@ -187,8 +187,12 @@ class Transport:
         """Cancel, and close the connections that are kept."""
         self.cancel()
         with self._lock:
-            for pool in self._pools.values():
-                pool.clear()
+            for manager in self._pools.values():
+                # `clear` alone leaves open connections to the garbage collector.
+                for pool in [manager.pools.get(key) for key in manager.pools.keys()]:  # noqa: SIM118 - no iterator
+                    if pool is not None:
+                        pool.close()
+                manager.clear()
 
     def _go_on(self) -> None:
         if self._stop.is_set():
@@ -207,8 +211,7 @@ class Transport:
             response.close() if _length(response) > _PIECE else response.drain_conn()
             if form is not None:
                 raise RegistryError(f"{first.host} redirects where it should give a token", hint="it is set up wrongly")
-            url = urljoin(url, target)
-            there = Origin.of(url)
+            url, there = _absolute(url, target)
             if there.scheme == "http" and first.scheme == "https" and not self._plain(there):
                 raise RegistryError(f"{first.host} redirects to {clean(url)}, without TLS", hint="it is set up wrongly")
             if there != first:
@@ -268,6 +271,14 @@ class Transport:
         )
 
 
+def _absolute(base: str, target: str) -> tuple[str, Origin]:
+    try:
+        url = urljoin(base, target)
+    except ValueError as error:
+        raise RegistryError(f"{clean(target)} is not an address", hint="the registry is broken") from error
+    return url, Origin.of(url)
+
+
 def clean(text: str) -> str:
     """What a registry said, fit for one line on a terminal."""
     return re.sub(r"[^\x20-\x7e]+", " ", text)[:_SHOWN]
@@ -290,14 +301,8 @@ def _seconds(text: str | None) -> float:
 
 def _explain(error: Exception, url: str) -> Unanswered:
     """The library's word as ours: what host, what is wrong, what to do."""
-    parts = urlsplit(url)
-    host = parts.netloc
-    cause: BaseException | None = error
-    reasons: list[BaseException] = []
-    while cause is not None and len(reasons) < 10:
-        reasons.append(cause)
-        cause = getattr(cause, "original_error", None) or cause.__cause__ or cause.__context__
-    own = Unanswered(f"{host}: {clean(str(reasons[-1]) or type(error).__name__)}", hint="try again")
+    host, reasons = urlsplit(url).netloc, _reasons(error)
+    own = _broken_off(error, url)
     lookup = next((reason for reason in reasons if isinstance(reason, socket.gaierror)), None)
     if isinstance(error, exceptions.ProxyError):
         own = Unanswered(f"the proxy for {host}: {clean(str(reasons[-1]))}", hint="look at HTTPS_PROXY and NO_PROXY")
@@ -309,18 +314,36 @@ def _explain(error: Exception, url: str) -> Unanswered:
         own.unreachable = True
     elif any(isinstance(reason, (ssl.SSLError, exceptions.SSLError)) for reason in reasons):
         said = clean(str(reasons[-1]))
-        hint = f'name its authority as ca_file in the configuration\'s [registries."{host}"]'
-        if "WRONG_VERSION_NUMBER" in said or "record layer" in said:
-            hint = f'say plain_http = true in the configuration\'s [registries."{host}"], if you trust the network'
-        own = Unanswered(f"no TLS with {host}: {said}", hint=hint)
+        table = f'the configuration\'s [registries."{host}"]'
+        own = Unanswered(f"no TLS with {host}: {said}", hint="try again")
+        own.passing = True
+        if isinstance(reasons[-1], ssl.SSLCertVerificationError):
+            own = Unanswered(f"no TLS with {host}: {said}", hint=f"name its authority as ca_file in {table}")
+        elif "WRONG_VERSION_NUMBER" in said or "RECORD_LAYER" in said:
+            hint = f"if you trust the network, say --plain-http, or plain_http = true in {table}"
+            own = Unanswered(f"{host} does not speak TLS: {said}", hint=hint)
     elif isinstance(error, exceptions.ConnectTimeoutError | exceptions.NewConnectionError):
         own = Unanswered(f"{host} cannot be reached: {_kernel_word(reasons)}", hint="is it up, and the port right?")
         own.passing = own.unreachable = True
     elif isinstance(error, exceptions.LocationValueError | exceptions.InvalidHeader | UnicodeError):
         own = Unanswered(f"{clean(url)}: {clean(str(error))}", hint="correct the name")
-    else:
-        own.passing = True
     return own
+
+
+def _broken_off(error: Exception, url: str) -> Unanswered:
+    own = Unanswered(f"{urlsplit(url).netloc}: {clean(str(error) or type(error).__name__)}", hint="try again")
+    own.passing = True
+    return own
+
+
+def _reasons(error: Exception) -> list[BaseException]:
+    """The library wraps the system's errors, and what a person can act on is the innermost."""
+    cause: BaseException | None = error
+    reasons: list[BaseException] = []
+    while cause is not None and len(reasons) < 10:
+        reasons.append(cause)
+        cause = getattr(cause, "original_error", None) or cause.__cause__ or cause.__context__
+    return reasons
 
 
 def _kernel_word(reasons: list[BaseException]) -> str:
