@@ -601,7 +601,7 @@ def test_the_registry_has_the_last_word(registry: FakeRegistry, other: FakeRegis
 
 def test_a_tag_that_is_not_there(registry: FakeRegistry) -> None:
     said = refused(registry, UnknownImage, "has no v2", "team/app:v2")
-    assert "it has v1, latest" in said
+    assert "it has latest, v1" in said
 
 
 def test_a_tag_that_is_not_there_where_tags_are_not_told(registry: FakeRegistry) -> None:

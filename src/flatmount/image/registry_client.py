@@ -239,7 +239,7 @@ class Client:
         try:
             answer = self._whole(self._endpoints[-1], f"tags/list?n={most}", "application/json", 1 << 22)
             tags = json.loads(answer.raw)["tags"]
-            return [clean(str(tag)) for tag in tags[:most]]
+            return sorted(clean(str(tag)) for tag in tags[:most])
         except (RegistryError, BadImage, ValueError, KeyError, TypeError, RecursionError):
             return []
 
