@@ -52,6 +52,10 @@ class BadImage(FlatmountError):
     """Something that claims to be an image and is not, or is damaged, or tries to leave its layer."""
 
 
+class RegistryError(FlatmountError):
+    """A registry that cannot be reached, refuses, or does not send what it promised."""
+
+
 class StoreError(FlatmountError):
     """The store on disk cannot do what was asked: no space, a newer schema, no permission."""
 

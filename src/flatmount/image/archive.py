@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -55,6 +56,9 @@ class DockerArchive:
             files,
             paths,
         )
+
+    def expect(self, positions: Sequence[int], directory: str) -> None:
+        """See ImageSource.expect. Nothing has to be fetched."""
 
     def open_layer(self, position: int) -> BinaryIO:
         """See ImageSource.open_layer."""

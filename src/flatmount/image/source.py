@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -12,7 +13,7 @@ from flatmount.image import model
 from flatmount.image.archive import DockerArchive
 from flatmount.image.files import Files, open_files, read_document
 
-_NESTING = 4
+NESTING = 4  # indexes within indexes
 
 
 class ImageSource(Protocol):
@@ -34,6 +35,12 @@ class ImageSource(Protocol):
     def config_raw(self) -> bytes:
         """The bytes of the config."""
 
+    def expect(self, positions: Sequence[int], directory: str) -> None:
+        """These layers will be opened, mostly in this order: a place that is far away begins to fetch them.
+
+        What comes early is kept in unnamed files on the file system of `directory`.
+        """
+
     def open_layer(self, position: int) -> BinaryIO:
         """The bytes of layer `position` (0 is the lowest) as they are stored, not yet verified."""
 
@@ -50,6 +57,9 @@ class LayoutImage:
     config: model.ImageConfig
     config_raw: bytes
     files: Files
+
+    def expect(self, positions: Sequence[int], directory: str) -> None:
+        """See ImageSource.expect. Nothing has to be fetched."""
 
     def open_layer(self, position: int) -> BinaryIO:
         """See ImageSource.open_layer. Raises: BadImage, when the blob is missing or of another size."""
@@ -128,7 +138,7 @@ def _layout(files: Files, name: str | None, platform: model.Platform) -> LayoutI
     ref_name = chosen.ref_name
     seen: set[str] = set()
     while chosen.media_type in model.INDEXES:
-        if chosen.digest in seen or len(seen) == _NESTING:
+        if chosen.digest in seen or len(seen) == NESTING:
             raise BadImage(f"{files.where}: index {chosen.digest} leads to itself", hint="the image is malformed")
         seen.add(chosen.digest)
         inner = model.index(_blob(files, chosen), f"{files.where}: index {chosen.digest}")
@@ -140,7 +150,7 @@ def _layout(files: Files, name: str | None, platform: model.Platform) -> LayoutI
     config_raw = _blob(files, manifest.config)
     config = model.image_config(config_raw, f"{files.where}: config {manifest.config.digest}")
     check_layers(manifest, config, where)
-    _check_platform(config, platform, where)
+    check_platform(config, platform, where)
     for layer in manifest.layers:
         _require_blob(files, layer)
     return LayoutImage(ref_name, manifest, config, config_raw, files)
@@ -164,7 +174,8 @@ def _named(files: Files, top: model.Index, name: str | None, platform: model.Pla
     return images[0] if len(images) == 1 else select(images, platform, files.where)
 
 
-def _check_platform(config: model.ImageConfig, platform: model.Platform, where: str) -> None:
+def check_platform(config: model.ImageConfig, platform: model.Platform, where: str) -> None:
+    """The config must be for `platform`, or not say. Raises: BadImage."""
     wanted = (platform.os, platform.architecture)
     if (config.os or platform.os, config.architecture or platform.architecture) != wanted:
         raise BadImage(

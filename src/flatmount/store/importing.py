@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flatmount.errors import BadImage, FlatmountError, from_os_error
@@ -88,23 +88,30 @@ class _Import:
 
     def stage(self) -> None:
         """Unpack what the store does not have. Lower layers first: upper ones are resolved against them."""
+        there = self._there()
+        missing = [position for position, number in enumerate(there) if number is None]
+        self._numbers = list(self._database.next_numbers(len(missing))) if missing else []
+        self._image.expect(missing, os.path.join(self._disk.data, "staging"))
+        fresh = iter(self._numbers)
         diff_ids = self._image.config.diff_ids
-        used: set[int] = set()
-        for position, diff_id in enumerate(diff_ids):
+        for position, (diff_id, number) in enumerate(zip(diff_ids, there, strict=True)):
             parent = self._chain[position - 1] if position else ""
             repeated = diff_id in diff_ids[:position]
-            number = self._find(diff_id, parent, used)
             if number is None:
-                if not self._numbers:
-                    self._numbers = list(self._database.next_numbers(len(diff_ids) - position))
-                number = self._numbers[len([p for p in self._placed if p.unpacked])]
+                number = next(fresh)
                 unpacked = self._unpack(position, number)
             else:
                 unpacked = None
-            used.add(number)
             self._placed.append(_Placed(number, diff_id, parent, unpacked, repeated))
 
-    def _find(self, diff_id: str, parent: str, used: set[int]) -> int | None:
+    def _there(self) -> list[int | None]:
+        """The number of each layer that the store has."""
+        found: list[int | None] = []
+        for position, diff_id in enumerate(self._image.config.diff_ids):
+            found.append(self._find(diff_id, self._chain[position - 1] if position else "", found))
+        return found
+
+    def _find(self, diff_id: str, parent: str, used: Sequence[int | None]) -> int | None:
         with self._database.reading() as db:
             rows = db.execute(
                 "SELECT number FROM layers WHERE diff_id = ? AND (parent_chain IS NULL OR parent_chain = ?)",

@@ -106,7 +106,9 @@ class Store:
     def import_from(
         self, image: ImageSource, *, name: str | None = None, progress: Progress | None = None
     ) -> StoredImage:
-        """As `import_image`, from an open source, which stays the caller's."""
+        """As `import_image`, from an open source, which stays the caller's and whose own name is not used."""
+        if name is not None:
+            check_name(name)
         digest = image.manifest.digest
         with self._database.reading() as db:
             there = db.execute("SELECT 1 FROM images WHERE digest = ?", (digest,)).fetchone()
