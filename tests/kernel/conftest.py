@@ -49,7 +49,7 @@ def own_mounts() -> Iterator[None]:
 
 @pytest.fixture
 def ram(tmp_path: Path) -> Iterator[Path]:
-    """A directory on a tmpfs of the test's own; on a disk where one is named (before Linux 6.3 a tmpfs takes no ids)."""
+    """A tmpfs of the test's own; a directory on a disk where one is named (before 6.3, a tmpfs takes no ids)."""
     disk = os.environ.get("FLATMOUNT_TEST_DISK")
     if disk:
         with tempfile.TemporaryDirectory(dir=disk) as place:
