@@ -151,6 +151,14 @@ class Database:
             (last,) = db.execute("UPDATE numbers SET last = last + ? RETURNING last", (count,)).fetchone()
         return range(int(last) - count + 1, int(last) + 1)
 
+    def known_trees(self) -> dict[str, set[int]]:
+        """The numbers of all trees, by the directory that they are in."""
+        tables = {"layers": "layers", "flat": "flats", "shifted": "shifted"}
+        with self.reading() as db:
+            return {
+                kind: {row[0] for row in db.execute(f"SELECT number FROM {table}")} for kind, table in tables.items()
+            }
+
     @contextmanager
     def _told(self) -> Iterator[None]:
         try:
