@@ -143,9 +143,6 @@ def test_setuid_programs_are_out_of_reach_for_other_users(store: Store, tmp_path
     image = imported(store, tmp_path, [file("su", "x", mode=0o4755)])
     path = os.path.join(tree(store, image), "su")
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o4755
-    for above in (tmp_path, *tmp_path.parents):
-        if above.stat().st_mode & 0o001 == 0:
-            break
     reach = f"import os, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534); os.chdir('/'); os.stat({path!r})"
     done = subprocess.run([sys.executable, "-c", reach], capture_output=True, text=True, check=False)
     assert "PermissionError" in done.stderr
@@ -179,7 +176,8 @@ def test_no_descriptor_reaches_a_program(store: Store, tmp_path: Path) -> None:
     target = tmp_path / "target"
     target.mkdir()
     try:
-        assembler = Assembler(spec, choice.name, pool, uppers=os.path.join(store.data, "uppers"), ephemeral=True)
+        uppers, scratch = os.path.join(store.data, "uppers"), str(tmp_path / "s")
+        assembler = Assembler(spec, choice.name, pool, uppers=uppers, scratch=scratch, ephemeral=True)
         with assembler.assemble(mapping, "c", str(target)):
             opened = set(os.listdir("/proc/self/fd")) - before
             kept = [fd for fd in opened if _is_open(fd) and not fcntl.fcntl(int(fd), fcntl.F_GETFD) & fcntl.FD_CLOEXEC]
@@ -249,8 +247,8 @@ def test_gzip_members_and_rubbish_after_them(store: Store, tmp_path: Path) -> No
     raw = archive([file("a"), file("b")])
     layout = make.new_layout(str(tmp_path / "layout"))
     for packed, message in (
+        (gzip.compress(raw) + archive([file("evil")]), "follows the compressed stream"),
         (gzip.compress(raw[:700]) + gzip.compress(raw[700:]), None),
-        (gzip.compress(raw) + archive([file("evil")]), "cannot be decompressed"),
     ):
         blob = make.put(layout, packed, f"{make.OCI}.layer.v1.tar+gzip")
         config = make.put(layout, make.config_of([make.digest(raw)]), f"{make.OCI}.config.v1+json")
@@ -298,7 +296,7 @@ def test_no_space_for_a_flat_tree_is_one_line(tmp_path: Path, options: str) -> N
             else:
                 for i in range(status.f_ffree):
                     (disk / f"filler{i}").touch()
-            with pytest.raises(StoreError, match=r"flat tree.*ENOSPC|disk is full|is full") as caught:
+            with pytest.raises(StoreError, match=r"ENOSPC|is full") as caught:
                 store.ensure_flat(image)
             assert "free space" in caught.value.hint
             for filler in disk.glob("filler*"):
@@ -309,11 +307,12 @@ def test_no_space_for_a_flat_tree_is_one_line(tmp_path: Path, options: str) -> N
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_read_only_store_is_read(store: Store, tmp_path: Path) -> None:
+def test_a_read_only_store_is_read(tmp_path: Path) -> None:
     layout = layout_of(str(tmp_path / "layout"), [[file("a")]])
-    image = store.import_image(layout, name="web")
-    store.ensure_flat(image)
     place = tmp_path / "store"
+    with Store.open(str(place), create=True) as store:
+        image = store.import_image(layout, name="web")
+        store.ensure_flat(image)
     subprocess.run(["mount", "--bind", place, place], check=True)
     subprocess.run(["mount", "-o", "remount,ro,bind", place], check=True)
     try:
@@ -324,7 +323,9 @@ def test_a_read_only_store_is_read(store: Store, tmp_path: Path) -> None:
             assert caught.value.hint
     finally:
         subprocess.run(["umount", place], check=True)
-    assert store.image("web").digest == image.digest
+    with Store.open(str(place)) as store:
+        assert store.image("web").digest == image.digest
+        assert store.check().findings == ()
 
 
 def test_a_clock_that_steps_back(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

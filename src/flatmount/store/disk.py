@@ -95,7 +95,10 @@ class Disk:
     @contextlib.contextmanager
     def _locked(self, name: str, how: int) -> Iterator[None]:
         # A description of its own for each holder: flock then also holds between the threads of one process.
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.base_fd)
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.base_fd)
+        except OSError as error:
+            raise from_os_error(error, f"lock the store {self.root}:") from error
         try:
             fcntl.flock(fd, how)
             yield
