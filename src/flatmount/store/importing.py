@@ -76,6 +76,69 @@ def import_image(
                 raise
 
 
+def unpack_layer(
+    disk: Disk,
+    image: ImageSource,
+    position: int,
+    number: int,
+    below: Sequence[str],
+    report: Callable[[int], None] | None = None,
+) -> Unpacked:
+    """Unpack layer `position` of `image` to staging/`number` and write its entries; nothing is synced or in the book.
+
+    `below` are the trees beneath it, topmost first, relative to the data directory. Both digests are verified.
+    What a failure leaves is the caller's to discard. Raises: BadImage, StoreError, naming the layer.
+    """
+    descriptor = image.manifest.layers[position]
+    diff_id = image.config.diff_ids[position]
+    label = f"layer {descriptor.digest}"
+    try:
+        stream = LayerStream(image.open_layer(position), descriptor, diff_id, report)
+        try:
+            return _unpack_stream(disk, stream, number, diff_id, below)
+        except BadImage:
+            # A damaged blob makes strange archives: say that it is damaged, if it is.
+            stream.check_blob()
+            raise
+        finally:
+            stream.close()
+    except FlatmountError as error:
+        raise type(error)(f"{label}: {error}", hint=error.hint) from error
+    except OSError as error:
+        raise from_os_error(error, f"{label}: unpack") from error
+
+
+def _unpack_stream(disk: Disk, stream: LayerStream, number: int, diff_id: str, below: Sequence[str]) -> Unpacked:
+    os.mkdir(f"staging/{number}", 0o700, dir_fd=disk.data_fd)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    target = os.open(f"staging/{number}", flags, dir_fd=disk.data_fd)
+    try:
+        limits = Limits(total_bytes=disk.free_bytes())
+        unpacked = unpack(TarReader(stream.read), target, Below(disk.data_fd, below), limits)
+    finally:
+        os.close(target)
+    stream.finish()
+    fd = disk.create_entries(number)
+    try:
+        entries.write(fd, diff_id, unpacked.entries.items())
+    finally:
+        os.close(fd)
+    return unpacked
+
+
+def layer_facts(unpacked: Unpacked) -> tuple[int | str | None, ...]:
+    """What the book keeps of a layer, from the column `entries` on."""
+    root = unpacked.root
+    return (
+        len(unpacked.entries),
+        unpacked.files,
+        unpacked.size_bytes,
+        unpacked.dropped_xattrs,
+        json.dumps([unpacked.owners.uids, unpacked.owners.gids]),
+        None if root is None else json.dumps([root.mode, root.uid, root.gid, root.mtime_ns]),
+    )
+
+
 class _Import:
     def __init__(self, disk: Disk, database: Database, image: ImageSource, progress: Progress | None) -> None:
         self._disk = disk
@@ -122,43 +185,8 @@ class _Import:
         return next((number for (number,) in rows if number not in used), None)
 
     def _unpack(self, position: int, number: int) -> Unpacked:
-        descriptor = self._image.manifest.layers[position]
-        diff_id = self._image.config.diff_ids[position]
-        label = f"layer {descriptor.digest}"
-        try:
-            stream = LayerStream(self._image.open_layer(position), descriptor, diff_id, self._reporter(position))
-            try:
-                return self._unpack_stream(stream, number, diff_id)
-            except BadImage:
-                # A damaged blob makes strange archives: say that it is damaged, if it is.
-                stream.check_blob()
-                raise
-            finally:
-                stream.close()
-        except FlatmountError as error:
-            raise type(error)(f"{label}: {error}", hint=error.hint) from error
-        except OSError as error:
-            raise from_os_error(error, f"{label}: unpack") from error
-
-    def _unpack_stream(self, stream: LayerStream, number: int, diff_id: str) -> Unpacked:
-        os.mkdir(f"staging/{number}", 0o700, dir_fd=self._disk.data_fd)
-        target = os.open(
-            f"staging/{number}",
-            os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
-            dir_fd=self._disk.data_fd,
-        )
-        try:
-            below = Below(self._disk.data_fd, [placed.path for placed in reversed(self._placed)])
-            unpacked = unpack(TarReader(stream.read), target, below, Limits(total_bytes=self._disk.free_bytes()))
-        finally:
-            os.close(target)
-        stream.finish()
-        fd = self._disk.create_entries(number)
-        try:
-            entries.write(fd, diff_id, unpacked.entries.items())
-        finally:
-            os.close(fd)
-        return unpacked
+        below = [placed.path for placed in reversed(self._placed)]
+        return unpack_layer(self._disk, self._image, position, number, below, self._reporter(position))
 
     def _reporter(self, position: int) -> Callable[[int], None] | None:
         progress, layers = self._progress, self._image.manifest.layers
@@ -195,20 +223,9 @@ class _Import:
         ).fetchone()
         if row is not None:
             return int(row[0])
-        root = unpacked.root
         db.execute(
             "INSERT INTO layers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                placed.number,
-                placed.diff_id,
-                parent,
-                len(unpacked.entries),
-                unpacked.files,
-                unpacked.size_bytes,
-                unpacked.dropped_xattrs,
-                json.dumps([unpacked.owners.uids, unpacked.owners.gids]),
-                None if root is None else json.dumps([root.mode, root.uid, root.gid, root.mtime_ns]),
-            ),
+            (placed.number, placed.diff_id, parent, *layer_facts(unpacked)),
         )
         return placed.number
 

@@ -26,7 +26,7 @@ from flatmount.image.tar import Entry, Kind, TarReader, show
 from flatmount.store.attributes import Attributes, kept, read_xattrs, set_xattrs
 from flatmount.store.below import Below, Found
 from flatmount.store.entries import LayerEntry
-from flatmount.store.layer_tree import LayerTree, from_status, join
+from flatmount.store.layer_tree import LayerTree, NoDirectory, from_status, join
 from flatmount.store.model import Owners, RootAttributes, merge
 
 _WHITEOUT: Final = b".wh."
@@ -153,19 +153,28 @@ class _Unpacker:
             return
         if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
             raise BadImage("an entry beneath a whiteout", hint="the image is malformed or hostile")
-        parent = self._tree.parent(parts[:-1])
-        if parts[-1] == _OPAQUE:
-            self._tree.set_opaque(parent)
-        elif parts[-1].startswith(_WHITEOUT):
-            self._white_out(parent, parts[-1].removeprefix(_WHITEOUT))
+        if parts[-1].startswith(_WHITEOUT):
+            self._hide(parts)
         else:
-            self._place(entry, parent, parts[-1], reader)
+            self._place(entry, self._tree.parent(parts[:-1]), parts[-1], reader)
 
     def _take_root(self, entry: Entry) -> None:
         if entry.kind is not Kind.DIRECTORY:
             raise BadImage(f"the root directory as a {entry.kind.value}", hint="the image is malformed or hostile")
         self._tree.root = self._directory_entry(entry)._replace(opaque=self._tree.root.opaque)
         self._root_given = True
+
+    def _hide(self, parts: list[bytes]) -> None:
+        """A whiteout or an opaque marker. Beneath what is no directory there is nothing to hide: umoci writes a
+        whiteout for each file of a directory that became a file."""
+        try:
+            parent = self._tree.parent(parts[:-1])
+        except NoDirectory:
+            return
+        if parts[-1] == _OPAQUE:
+            self._tree.set_opaque(parent)
+        else:
+            self._white_out(parent, parts[-1].removeprefix(_WHITEOUT))
 
     def _white_out(self, parent: bytes, name: bytes) -> None:
         if name in (b"", b".", b".."):
