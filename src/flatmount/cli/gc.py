@@ -6,8 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from flatmount.cli.common import open_store, print_json, run_directory, store_options
-from flatmount.cli.image import size
+from flatmount.cli.common import open_store, print_json, run_directory, size, store_options
 from flatmount.errors import EXIT_FINE
 from flatmount.rootfs.collecting import IdleUpper, Why, idle_uppers, remove_uppers
 from flatmount.rootfs.mounting import recover
