@@ -1,4 +1,4 @@
-"""The native part: one extension on the stable ABI, so that one wheel serves every Python from 3.11 on, and one program."""
+"""The native part: an extension on the stable ABI, so that one wheel serves Python 3.11 and later, and a program."""
 
 from pathlib import Path
 

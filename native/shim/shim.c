@@ -9,7 +9,8 @@
  *     --owner UID:GID    who owns the pipes that the container writes to, so that it can open them again
  *     --log BYTES        keep its output in `log`, and in `log.1` what came before the last so many bytes
  *     --forward          write its output to our own standard output and error as well
- *     --console          the container has a terminal: serve `console`, and move what is typed and shown
+ *     --console          the container has a terminal: serve `console`, and move what is typed and shown; the runtime's
+ *                        argument "@console" becomes a path of that socket, which is short at any depth
  *     --after ARGUMENT... ;   execute this when all is over
  *
  *   flatmount-shim first FIFO NAME wait|end
@@ -22,6 +23,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/close_range.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -31,6 +33,7 @@
 #include <sys/ioctl.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -48,6 +51,7 @@ struct shim {
 	gid_t gid;
 	size_t log_bytes;
 	char **after;
+	char console_path[64];
 	struct shim_entry entry;
 	struct shim_log log;
 	struct stream streams[STREAMS];
@@ -127,17 +131,13 @@ static void read_arguments(struct shim *shim, int count, char **arguments)
 				fail(shim, "open the container's directory", errno);
 		} else if (!strcmp(option, "--report")) {
 			shim->report = atoi(arguments[i]);
-			fcntl(shim->report, F_SETFD, FD_CLOEXEC);
 		} else if (!strcmp(option, "--template")) {
 			shim->template = atoi(arguments[i]);
-			fcntl(shim->template, F_SETFD, FD_CLOEXEC);
 		} else if (!strcmp(option, "--tree")) {
 			char *path = strchr(arguments[i], ':');
 			if (!path || shim->entry.tree_count == SHIM_MOST_TREES)
 				fail(shim, "--tree", EINVAL);
-			struct shim_tree *tree = &shim->entry.trees[shim->entry.tree_count++];
-			*tree = (struct shim_tree){atoi(arguments[i]), path + 1};
-			fcntl(tree->fd, F_SETFD, FD_CLOEXEC);
+			shim->entry.trees[shim->entry.tree_count++] = (struct shim_tree){atoi(arguments[i]), path + 1};
 		} else if (!strcmp(option, "--owner")) {
 			char *group = strchr(arguments[i], ':');
 			if (!group)
@@ -190,6 +190,10 @@ static void make_streams(struct shim *shim)
 	}
 	if (shim->console && (shim->listener = shim_console_listen(shim->state)) < 0)
 		fail(shim, "listen for the terminal", errno);
+	snprintf(shim->console_path, sizeof(shim->console_path), "/proc/%d/fd/%d/console", getpid(), shim->state);
+	for (char **word = shim->entry.command; *word; word++)
+		if (!strcmp(*word, "@console"))
+			*word = shim->console_path;
 	shim->log.fd = -1;
 	if (shim->log_bytes && shim_log_open(&shim->log, shim->state, shim->log_bytes) < 0)
 		fail(shim, "open the log", errno);
@@ -391,6 +395,9 @@ static int run(int count, char **arguments)
 		.gid = (gid_t)-1,
 	};
 
+	/* Whatever we were given stays ours: a lock is held by being open, and nothing may reach the container. */
+	if (syscall(SYS_close_range, 3U, ~0U, CLOSE_RANGE_CLOEXEC) < 0)
+		fail(&shim, "close_range", errno);
 	read_arguments(&shim, count, arguments);
 	setsid();
 	prctl(PR_SET_CHILD_SUBREAPER, 1);

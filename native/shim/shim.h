@@ -17,7 +17,7 @@ struct shim_entry {
 	struct shim_tree trees[SHIM_MOST_TREES];
 	int tree_count;
 	int standard[3];
-	char *const *command;
+	char **command;
 	/* Answers of the child, which writes them while we are suspended. */
 	const char *step;
 	int error;
