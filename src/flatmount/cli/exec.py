@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import nullcontext
 
 from flatmount.cli.common import open_store, store_root_option
 from flatmount.cli.containers import recovered, with_engine_codes
@@ -12,7 +11,7 @@ from flatmount.errors import UsageError
 from flatmount.rootfs.image import require_root
 from flatmount.runtime.executing import executing
 from flatmount.runtime.request import parse_env
-from flatmount.runtime.terminal import raw
+from flatmount.runtime.terminal import Relay, raw
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,9 +40,9 @@ def _run(args: argparse.Namespace) -> int:
     with open_store(args) as store:
         containers = recovered(store)
         record = containers.get(args.container)
-    tty = raw() if args.tty else nullcontext()
     with (
-        tty,
+        Relay() as relay,
+        raw(args.tty),
         executing(
             containers,
             record,
@@ -54,4 +53,4 @@ def _run(args: argparse.Namespace) -> int:
             terminal=args.tty,
         ) as running,
     ):
-        return attend(running)
+        return attend(running, relay)

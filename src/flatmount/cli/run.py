@@ -27,7 +27,7 @@ from flatmount.runtime.request import (
     parse_memory,
 )
 from flatmount.runtime.starter import How, Started, Starter, remove
-from flatmount.runtime.terminal import raw, signals_to
+from flatmount.runtime.terminal import Relay, raw
 from flatmount.store import Store, StoredImage
 from flatmount.strategies import AUTO, NAMES
 
@@ -45,8 +45,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="start a container",
         description="Start a container of IMAGE with user ids of its own, and run CMD in it or what the image names. "
         "Its root file system is attached in a mount namespace of its own, so that the host's mount table does not "
-        "grow. Exits with the command's code; 125 is an error of flatmount's own, 126 a command that cannot be executed, "
-        "127 one that is not there.",
+        "grow. Exits with the command's code; 125 is an error of flatmount's own, 126 a command that cannot be "
+        "executed, 127 one that is not there.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,11 +117,11 @@ def _run(args: argparse.Namespace) -> int:
         with Starter(store, image, run, probe_store(store).facts, how) as starter:
             holder, mapping = _reserve(store, image, containers, name, mapping, args.pool)
             # From before the start on: the first thing that a container writes is to be shown as it means it.
-            with raw() if args.tty and not args.detach else nullcontext():
+            with nullcontext() if args.detach else Relay() as relay, raw(args.tty and not args.detach):
                 started = _start(starter, args, name, mapping, request, holder)
                 starter.close()
-                if not args.detach:
-                    code = attend(started.running)
+                if relay is not None:
+                    code = attend(started.running, relay)
         if args.detach:
             started.running.close()
             print(name)
@@ -131,10 +131,10 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def attend(running: Running) -> int:
+def attend(running: Running, relay: Relay) -> int:
     """Wait for a container, or a process in one; our signals are its own. Returns its exit code when all is written."""
-    with signals_to(running.send):
-        code = running.wait()
+    relay.to(running.send)
+    code = running.wait()
     running.reap()
     return code
 

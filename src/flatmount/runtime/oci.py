@@ -17,6 +17,7 @@ DEFAULT: Final = "runc"
 LOG: Final = "runtime.log"
 CONSOLE: Final = "@console"  # the shim puts the socket's path there, which a socket's address has room for
 _SECONDS: Final = 30
+_PLAIN: Final = ("runc", "crun")
 
 # Words of runtimes for what people know as 127 and 126.
 _NOT_FOUND: Final = ("executable file not found", "no such file or directory", "no such file")
@@ -70,8 +71,12 @@ class Runtime:
         return (*self._begin(directory), *words, container_id)
 
     def delete(self, container_id: str) -> None:
-        """Kill and forget a container; one it does not know is no error. What it could not do, cgroups.clear does."""
-        if not os.path.lexists(os.path.join(self.root, container_id)):
+        """Have a container killed and forgotten that we cannot: one whose processes are not in our control groups.
+
+        runc and crun leave nothing but control groups and a directory, which go without asking: their own `delete`
+        reads the mount table several times, 0.8 s beside 10,000 mounts. One the runtime does not know is no error.
+        """
+        if os.path.basename(self.path) in _PLAIN or not os.path.lexists(os.path.join(self.root, container_id)):
             return
         call = [self.path, "--root", self.root, "delete", "--force", container_id]
         with suppress(OSError, subprocess.TimeoutExpired):

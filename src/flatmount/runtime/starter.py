@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from flatmount.rootfs.workplace import ensure_run_directory, take_off_below
 from flatmount.runtime import book, cgroups, volumes
 from flatmount.runtime import bundle as bundles
 from flatmount.runtime.launch import Launch, Running, RuntimeRefused, StartFailed, launch
-from flatmount.runtime.oci import Runtime, refused
+from flatmount.runtime.oci import ContainerError, Runtime, refused
 from flatmount.runtime.records import Containers, Record, State
 from flatmount.runtime.request import Attachment, Request
 from flatmount.runtime.template import Template, Templates
@@ -65,6 +66,7 @@ class Starter:
         self.choice: Choice = choose_for(how.strategy, image, facts)
         self.store = store
         ensure_run_directory(run)
+        require_passable(run)
         os.makedirs(self.containers.base, mode=0o711, exist_ok=True)
         os.makedirs(how.runtime.root, mode=0o711, exist_ok=True)
         scratch_directory = os.path.join(run, "tmp")
@@ -233,6 +235,18 @@ class Starter:
             raise
 
 
+def require_passable(directory: str) -> None:
+    """Refuse a place that a container's root, who is no user of the host, cannot walk to. Raises: ContainerError."""
+    path = os.path.realpath(directory)
+    while path != "/":
+        if not os.stat(path).st_mode & stat.S_IXOTH:
+            raise ContainerError(
+                f"containers cannot be under {directory}: {path} lets only its owner through",
+                hint=f"name another directory with $FLATMOUNT_RUN, or `chmod o+x {path}`",
+            )
+        path = os.path.dirname(path)
+
+
 def uppers_of(data: str) -> str:
     """Where the uppers of a store's containers are, by id."""
     return os.path.join(data, "uppers")
@@ -246,7 +260,6 @@ def take_apart(containers: Containers, record: Record, *, data: str, keep_upper:
     directory = containers.directory(record.id)
     Runtime(record.runtime, os.path.join(containers.run, "runtime")).delete(record.id)
     cgroups.clear(record.id)
-    # What a runtime left that was killed before it could know its container.
     _remove(os.path.join(containers.run, "runtime"), record.id)
     if record.attachment is Attachment.HOST:
         take_off_below(directory)

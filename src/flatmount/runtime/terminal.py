@@ -24,9 +24,9 @@ PASSED_ON: Final = (
 
 
 @contextmanager
-def raw(fd: int = 0) -> Iterator[None]:
-    """Pass every key on as it is, where `fd` is a terminal; it is as before afterwards."""
-    if not os.isatty(fd):
+def raw(wanted: bool, fd: int = 0) -> Iterator[None]:
+    """Pass every key on as it is, where that is wanted and `fd` is a terminal; it is as before afterwards."""
+    if not wanted or not os.isatty(fd):
         yield
         return
     before = termios.tcgetattr(fd)
@@ -37,16 +37,33 @@ def raw(fd: int = 0) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
 
 
-@contextmanager
-def signals_to(send: Callable[[int], None]) -> Iterator[None]:
-    """Give the signals that we get to `send` instead of acting on them."""
+class Relay:
+    """Gives the signals that we get to a container, instead of us acting on them; those that come too early, later.
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        send(number)
+    A context manager; entered before the start, so that no moment is without it.
+    """
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self._send: Callable[[int], None] | None = None
+        self._early: list[int] = []
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def to(self, send: Callable[[int], None]) -> None:
+        """From now on, `send` passes signals on."""
+        self._send = send
+        while self._early:
+            send(self._early.pop(0))
+
+    def __enter__(self) -> Relay:
+        self._before = {number: signal.signal(number, self._take) for number in PASSED_ON}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self._send is None:
+            self._early.append(number)
+        else:
+            self._send(number)
