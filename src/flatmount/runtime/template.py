@@ -48,16 +48,20 @@ class Template:
 
 
 def plan(paths: Sequence[str]) -> MountPlan:
-    """Clone the mounts at `paths`, the root first, and attach them in the helper namespace; nothing changes at home."""
+    """Clone the mounts at `paths`, parents first, and attach them in the helper namespace; nothing changes at home."""
     slots = {path: Slot(f"tree {path}") for path in paths}
-    private = Mount("none", _ROOT, None, MountFlag.REC | MountFlag.PRIVATE)
     operations: list[Operation] = [OpenTree(slots[path], path) for path in paths]
     # Entered twice: a task stays beneath what is mounted over its root until it enters anew.
-    operations += (Setns(HELPER), MoveMount(slots[_ROOT], _ROOT), Setns(HELPER), private)
-    operations += (MoveMount(slots[path], path) for path in paths if path != _ROOT)
-    # Clones of shared mounts are peers of their originals until this says otherwise.
-    operations += (private, Setns(HOME))
-    return MountPlan(tuple(operations))
+    operations += (Setns(HELPER), MoveMount(slots[_ROOT], _ROOT), Setns(HELPER), _private(_ROOT))
+    for path in paths:
+        if path != _ROOT:
+            # A clone of a shared mount is its peer: what is attached to it would appear at home as well.
+            operations += (MoveMount(slots[path], path), _private(path))
+    return MountPlan((*operations, Setns(HOME)))
+
+
+def _private(path: str) -> Mount:
+    return Mount("none", path, None, MountFlag.PRIVATE)
 
 
 def needed(places: Iterable[str]) -> tuple[str, ...]:
