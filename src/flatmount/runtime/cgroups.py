@@ -45,6 +45,15 @@ def clear(container_id: str) -> None:
         time.sleep(0.005)
 
 
+def remove_empty(name: str) -> None:
+    """Remove the group `name` below the root of every hierarchy, and those in it, as far as they are empty."""
+    with suppress(FileNotFoundError):
+        for hierarchy in [""] if unified() else os.listdir(_HIERARCHIES):
+            for directory in _deepest_first(os.path.join(_HIERARCHIES, hierarchy, name)):
+                with suppress(OSError):
+                    os.rmdir(directory)
+
+
 def _parents() -> Iterator[str]:
     with suppress(FileNotFoundError):
         if unified():

@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ _SCHEMA = "flatmount.container-record/1"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _DRAFT = ".draft"
 _GONE = ".gone"
+_POLL_S = 0.002
 _FLOCK = "hhqqi4x"  # struct flock of fcntl(2) on 64-bit machines
 _WHOLE_FILE = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
@@ -194,14 +196,25 @@ class Containers:
         return None
 
     @contextmanager
-    def locked(self, record: Record) -> Iterator[None]:
-        """Nobody else changes the container meanwhile. Raises: InUse while it is started, runs or is removed."""
+    def locked(self, record: Record, *, wait_s: float = 0.0) -> Iterator[None]:
+        """Nobody else changes the container meanwhile.
+
+        Raises: InUse while it is started, runs or is removed, and no longer than `wait_s` has passed.
+        """
         try:
             fd = os.open(os.path.join(self.directory(record.id), "lock"), os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             raise UsageError(f"there is no container {record.id!r}", hint="somebody removed it meanwhile") from None
         try:
-            _take_lock(fd)
+            deadline = time.monotonic() + wait_s
+            while True:
+                try:
+                    _take_lock(fd)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(_POLL_S)
             yield
         except BlockingIOError:
             raise InUse(f"container {record.id} runs", hint=f"`flatmount stop {record.id}` first") from None

@@ -29,6 +29,7 @@ from flatmount.store import Store, StoredImage
 from flatmount.strategies import AUTO, Attach, Choice, Upper
 
 LOG_BYTES: Final = 16 << 20
+_SHIM_ENDS_S: Final = 10.0
 _ENTERING: Final = ("setns to the template namespace", "copy the template namespace", "move_mount", "setns back")
 
 
@@ -274,7 +275,9 @@ def remove(containers: Containers, store: Store, record: Record, *, force: bool 
     """
     if force and containers.state(record) in (State.RUNNING, State.CREATING):
         kill(containers, record)
-    with containers.locked(record):
+    # A shim writes down the end before it ends itself.
+    wait_s = _SHIM_ENDS_S if containers.state(record) is State.EXITED else 0.0
+    with containers.locked(record, wait_s=wait_s):
         take_apart(containers, record, data=store.data)
         book.release(store, record.holder)
         containers.forget(record)

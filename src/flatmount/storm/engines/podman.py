@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Self
 
 from flatmount.errors import FlatmountError, MissingFeature
+from flatmount.runtime import cgroups
 from flatmount.storm.engines.base import INSIDE, Ask
 
 _SECONDS: Final = 120
@@ -54,6 +55,7 @@ class PodmanEngine:
 
     def __exit__(self, *_: object) -> None:
         self._run("rm", "--all", "--force", "--time", "0")
+        cgroups.remove_empty("libpod_parent")
 
     def start(self, ask: Ask) -> Started:
         """Run one container."""
