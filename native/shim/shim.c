@@ -9,6 +9,7 @@
  *     --owner UID:GID    who owns the pipes that the container writes to, so that it can open them again
  *     --log BYTES        keep its output in `log`, and in `log.1` what came before the last so many bytes
  *     --forward          write its output to our own standard output and error as well
+ *     --bound            the container ends with whoever reads the report
  *     --console          the container has a terminal: serve `console`, and move what is typed and shown; the runtime's
  *                        argument "@console" becomes a path of that socket, which is short at any depth
  *     --after ARGUMENT... ;   execute this when all is over
@@ -46,7 +47,7 @@ struct stream {
 };
 
 struct shim {
-	int state, report, template, forward, console, listener, terminal, input, signals;
+	int state, report, template, forward, bound, console, listener, terminal, input, signals;
 	uid_t uid;
 	gid_t gid;
 	size_t log_bytes;
@@ -116,6 +117,8 @@ static void read_arguments(struct shim *shim, int count, char **arguments)
 		const char *option = arguments[i];
 		if (!strcmp(option, "--forward")) {
 			shim->forward = 1;
+		} else if (!strcmp(option, "--bound")) {
+			shim->bound = 1;
 		} else if (!strcmp(option, "--console")) {
 			shim->console = 1;
 		} else if (!strcmp(option, "--after")) {
@@ -345,6 +348,7 @@ static void wait_for_events(struct shim *shim)
 		{shim->listener, POLLIN, 0},
 		{moving ? shim->terminal : -1, POLLIN, 0},
 		{moving && shim->terminal >= 0 ? shim->input : -1, POLLIN, 0},
+		{shim->bound ? shim->report : -1, 0, 0}, /* POLLERR: nobody reads it any more */
 	};
 
 	if (poll(events, sizeof(events) / sizeof(events[0]), -1) < 0)
@@ -369,6 +373,10 @@ static void wait_for_events(struct shim *shim)
 	}
 	if (events[5].revents)
 		move_typed(shim);
+	if (events[6].revents) {
+		shim->bound = 0;
+		kill(moving ? shim->container : shim->runtime, SIGKILL);
+	}
 	if (events[0].revents)
 		take_signals(shim);
 }

@@ -149,6 +149,7 @@ def _start(
             mapping,
             request,
             foreground=not args.detach,
+            bound=not args.detach,
             remove=args.rm,
             after=_removal(store, name) if args.rm and args.detach else (),
             holder=holder,

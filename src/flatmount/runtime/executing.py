@@ -56,6 +56,7 @@ def executing(
             owner=owner,
             log_bytes=0,
             foreground=True,
+            bound=True,
             terminal=terminal,
         )
         try:

@@ -31,6 +31,7 @@ class Launch:
         owner: the host's ids of the container's user, to whom its output pipes belong.
         log_bytes: how much of its output is kept; 0 is nothing.
         foreground: our standard streams are the container's too; else its input is empty.
+        bound: the container is killed when we are, or close what `launch` returns.
         terminal: the runtime sends a terminal to the socket `console` in the directory.
         template: a mount namespace; the runtime starts in a copy of it.
         trees: detached mounts and where in that copy they go.
@@ -43,6 +44,7 @@ class Launch:
     owner: tuple[int, int]
     log_bytes: int
     foreground: bool
+    bound: bool = False
     terminal: bool = False
     template: int | None = None
     trees: tuple[tuple[int, str], ...] = ()
@@ -180,6 +182,8 @@ def _arguments(wanted: Launch, report: int) -> list[str]:
         words += ("--tree", f"{fd}:{path}")
     if wanted.foreground:
         words.append("--forward")
+    if wanted.bound:
+        words.append("--bound")
     if wanted.terminal:
         words.append("--console")
     if wanted.after:

@@ -110,6 +110,7 @@ class Starter:
         request: Request,
         *,
         foreground: bool,
+        bound: bool,
         remove: bool,
         after: tuple[str, ...] = (),
         holder: str = "",
@@ -119,6 +120,7 @@ class Starter:
         Args:
             container_id: its name; checked before.
             foreground: our standard streams are its own.
+            bound: it is killed when this process is.
             remove: it goes when it ended; `after` is what the shim executes to that end.
             holder: what the store's book knows the container as.
 
@@ -128,7 +130,7 @@ class Starter:
         record = self._record(container_id, mapping, request, remove, holder)
         lock = self.containers.add(record)
         try:
-            return self._start(record, mapping, request, lock, foreground=foreground, after=after)
+            return self._start(record, mapping, request, lock, foreground=foreground, bound=bound, after=after)
         except BaseException:
             take_apart(self.containers, record, data=self.store.data)
             self.containers.forget(record)
@@ -163,6 +165,7 @@ class Starter:
         lock: int,
         *,
         foreground: bool,
+        bound: bool,
         after: tuple[str, ...],
     ) -> Started:
         directory = self.containers.directory(record.id)
@@ -181,6 +184,7 @@ class Starter:
                     owner=owner,
                     log_bytes=self.how.log_bytes,
                     foreground=foreground,
+                    bound=bound,
                     terminal=request.terminal,
                     template=template.namespace.fileno() if template else None,
                     trees=(((rootfs.descriptor, root), *trees) if rootfs.descriptor is not None else ()),

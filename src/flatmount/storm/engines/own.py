@@ -42,7 +42,7 @@ class FlatmountEngine:
         request = Request(
             entrypoint=ask.arguments, user="0:0", workdir="/", volumes=self._volumes, network=Network.NONE
         )
-        return self._starter.start(ask.name, ask.mapping, request, foreground=False, remove=True)
+        return self._starter.start(ask.name, ask.mapping, request, foreground=False, bound=True, remove=True)
 
     def undo(self, started: Started) -> None:
         """Kill and remove it, and let its range go."""
