@@ -60,7 +60,18 @@ class PodmanEngine:
     def start(self, ask: Ask) -> Started:
         """Run one container."""
         mapping = str(ask.mapping)
-        options = ("--uidmap", mapping, "--gidmap", mapping, "--network", "none", "--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
+        options = (
+            "--uidmap",
+            mapping,
+            "--gidmap",
+            mapping,
+            "--network",
+            "none",
+            "--ulimit",
+            "nofile=1024:1024",
+            "--ulimit",
+            "nproc=1024:1024",
+        )
         volume = ("--volume", f"{self._arrivals}:{INSIDE}")
         program, *arguments = ask.arguments
         self._run("run", "--detach", "--name", ask.name, *options, *volume, "--entrypoint", program, _IMAGE, *arguments)
