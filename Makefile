@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 DEMO_ROOT ?= $(CURDIR)/.demo/store
 DEMO_PAGE ?= $(CURDIR)/.demo/storm.html
-NATIVE := $(wildcard native/*.c native/*.h)
+NATIVE := $(wildcard native/*.c native/*.h native/shim/*.c native/shim/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint man format soak bench processors fuzz sanitize clean
+.PHONY: help setup demo test lint man format soak bench bench-peers processors fuzz sanitize clean
 
 help: ## show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -42,7 +42,7 @@ man: $(READY) ## write the man page from the command line's own help
 format: $(READY) ## format Python and C
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	clang-format -i native/*.c native/*.h bench/*.c
+	clang-format -i $(NATIVE) bench/*.c
 
 soak: $(READY) ## the long rounds that `make test` runs a seeded tenth of
 	tools/setup --tests
@@ -56,9 +56,13 @@ processors: $(READY) ## what this machine's locks and bursts cost, and how wrong
 	-$(RUN)/flatmount cpu model validate --budget 290s --output .demo/validation.json
 	$(RUN)/flatmount cpu bench --budget 60s --output .demo/processors.json --html .demo/processors.html --validation .demo/validation.json
 
+bench-peers: $(READY) ## starts against other binaries of containerd: make bench-peers CONTAINERD=DIR
+	$(RUN)/pip install -q --disable-pip-version-check -e '.[engines]'
+	FLATMOUNT_CONTAINERD=$(CONTAINERD) $(RUN)/python -m bench starts
+
 sanitize: $(READY) ## the native code's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize "$(RUN)"
 
 clean: ## remove what was built; stores and caches elsewhere stay
 	rm -rf $(VENV) build dist .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
-	find src -name '*.so' -delete
+	find src \( -name '*.so' -o -name flatmount-shim \) -delete

@@ -10,7 +10,7 @@
  *   READ_FILE          open, read .. close            path
  *   OPEN               open(O_PATH|O_DIRECTORY)       path               out
  *   OPEN_TREE          open_tree(CLONE)               path               out, a directory    x more flags
- *   MOUNT_SETATTR      mount_setattr                                     a tree, b userns    y attributes
+ *   MOUNT_SETATTR      mount_setattr                                     a tree, b userns    x more flags, y attributes
  *   MOVE_MOUNT         move_mount                     target             a tree
  *   FSOPEN             fsopen                         type               out
  *   FSCONFIG_FLAG      fsconfig(SET_FLAG)             key                a context
@@ -231,7 +231,8 @@ static long perform(struct run *run, const struct record *r, const char *s1, con
 			attr.attr_set |= FM_MOUNT_ATTR_IDMAP;
 			attr.userns_fd = (__u64)run->slots[r->b];
 		}
-		return syscall(SYS_mount_setattr, run->slots[r->a], "", FM_AT_EMPTY_PATH, &attr, sizeof(attr));
+		return syscall(SYS_mount_setattr, run->slots[r->a], "", FM_AT_EMPTY_PATH | r->x, &attr,
+			       sizeof(attr));
 	}
 	case MOVE_MOUNT:
 		return syscall(SYS_move_mount, run->slots[r->a], "", AT_FDCWD, s1, FM_MOVE_MOUNT_F_EMPTY_PATH);

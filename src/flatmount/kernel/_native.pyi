@@ -138,3 +138,8 @@ def ping_pong(
     """
 
 def pause_ns() -> float: ...
+def open_file_in_root(root_fd: int, path: bytes, /) -> int:
+    """Open a regular file for reading, looked up inside `root_fd` as if that were the root directory.
+
+    Raises OSError: EINVAL for what is no regular file, which is then never opened.
+    """

@@ -125,20 +125,22 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class OpenTree:
-    """Clone the mount at a path, detached; takes `namespace_sem` for writing."""
+    """Clone the mount at a path, detached, with what is mounted below if `recursive`; `namespace_sem` for writing."""
 
     out: Slot
     path: Text
     at: Slot | None = None
+    recursive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class MountSetattr:
-    """Id-map a detached mount (`userns`), and set attributes."""
+    """Id-map a detached mount (`userns`), and set attributes; of all mounts in it if `recursive`."""
 
     tree: Slot
     attributes: MountAttribute = MountAttribute.NONE
     userns: Slot | None = None
+    recursive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

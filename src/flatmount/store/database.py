@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from flatmount.errors import StoreError
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 _BUSY_S: Final = 60.0
 
 # One script for each version. A number names a tree for ever: `numbers` only counts up, so that a path that
@@ -75,6 +75,15 @@ _MIGRATIONS: Final = (
         since_ns INTEGER NOT NULL,
         PRIMARY KEY (holder, image)
     ) WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE ranges (
+        holder TEXT NOT NULL,
+        first INTEGER NOT NULL,
+        size INTEGER NOT NULL,
+        PRIMARY KEY (first, size)
+    ) WITHOUT ROWID;
+    CREATE INDEX ranges_by_holder ON ranges (holder);
     """,
 )
 

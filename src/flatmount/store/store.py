@@ -21,6 +21,7 @@ from flatmount.store.disk import Disk
 from flatmount.store.fsck import Checked, Finding, Report, check
 from flatmount.store.importing import Progress, import_image
 from flatmount.store.model import Holder, Owners, Removed, RootAttributes, Span, StoredImage, StoredLayer
+from flatmount.store.ranges import Ranges
 from flatmount.store.repair import Repair, repair
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,254}\Z")
@@ -347,6 +348,11 @@ class Store:
                 db.executemany("DELETE FROM images WHERE digest = ?", [(digest,) for digest in gone])
                 trees = _unused(db)
             return self._take_away((), gone, trees)
+
+    @property
+    def ranges(self) -> Ranges:
+        """The host ids that containers of this store have."""
+        return Ranges(self._database)
 
     # Within.
 
