@@ -18,8 +18,8 @@ from flatmount.store import Store
 
 ROUNDS = 3
 METHOD = f"""\
-Whole commands, one after the other, each into fresh directories; {ROUNDS} rounds, the order rotates. Milliseconds of wall
-time: median (range). "ext4" is one of its own, in a file in /var/tmp, so that what ours waits for (it ends with a
+Whole commands, one after the other, each into fresh directories; {ROUNDS} rounds, the order rotates. Milliseconds of
+wall time: median (range). "ext4" is one of its own, in a file in /var/tmp, so that what ours waits for (it ends with a
 syncfs) are its own writes. umoci ends in the page cache; unpack also hashes what it unpacked, as ours does, raw unpack
 does not.
 """

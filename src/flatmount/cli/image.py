@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flatmount.cli.common import open_store, print_json, store_options
+from flatmount.cli.store import add_export
 from flatmount.errors import EXIT_FINE
 from flatmount.store import Progressed, Store, StoredImage
 
@@ -18,6 +19,7 @@ _EXAMPLES = """examples:
   flatmount image import ./layout --name web     an OCI image layout: a directory or a tar archive
   flatmount image import saved.tar:app:1.2       one of several images that `docker save` wrote
   flatmount image show web --json
+  flatmount image export web ./layout
   flatmount image remove web
 """
 
@@ -26,8 +28,8 @@ def add_parser(verbs: Any) -> None:
     """Add `image` and its sub-verbs to `verbs`, argparse's action for sub-parsers."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "image",
-        help="import, list, show and remove images",
-        description="Import, list, show and remove images.",
+        help="import, list, show, export and remove images",
+        description="Import, list, show, export and remove images.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -52,6 +54,8 @@ def add_parser(verbs: Any) -> None:
     removing.add_argument("image", metavar="IMAGE", help="a name, a digest, or the beginning of one")
     store_options(removing)
     removing.set_defaults(run=_remove)
+
+    add_export(subverbs)
 
     if importlib.util.find_spec("flatmount.cli.image_demo") is not None:
         importlib.import_module("flatmount.cli.image_demo").add_parser(subverbs)
