@@ -8,7 +8,7 @@ import sys
 
 from bench.measure import machine
 
-SECTIONS = ("assemble", "storms", "starts")
+SECTIONS = ("assemble", "storms", "unpack", "starts")
 
 
 def main() -> int:

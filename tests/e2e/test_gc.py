@@ -1,4 +1,4 @@
-"""`flatmount gc` and `flatmount fsck` as a person runs them."""
+"""`flatmount gc`, `fsck` and `store` as a person runs them."""
 
 from __future__ import annotations
 
@@ -126,3 +126,19 @@ def own_output(line: CommandLine, *arguments: str) -> str:
     said, _ = done.communicate(timeout=60)
     assert done.returncode == 1
     return said
+
+
+@pytest.mark.parametrize("form", ["layout", "images.tar"])
+def test_a_store_goes_to_another_node(own: CommandLine, tmp_path: Path, form: str) -> None:
+    own("image", "import", str(tmp_path / "one"), "--name", "registry.example/other:1.0")
+    said = own.json("store", "export", str(tmp_path / form))
+    assert [found["name"] for found in said["images"]] == ["registry.example/other:1.0", "app"]
+    other = CommandLine(tmp_path / "node", own.run_directory)
+    arrived = other.json("store", "import", str(tmp_path / form))["images"]
+    assert {found["name"] for found in arrived} == {"app", "registry.example/other:1.0"}
+    other("fsck")
+    for name in ("app", "registry.example/other:1.0"):
+        ids = [[layer["diff_id"] for layer in line.json("image", "show", name)["layer_list"]] for line in (own, other)]
+        assert ids[0] == ids[1]
+    own("image", "export", "app", str(tmp_path / "single"))
+    assert "cannot write" in own.refused("image", "export", "app", str(tmp_path), code=2)

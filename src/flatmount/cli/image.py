@@ -10,6 +10,7 @@ from typing import Any
 
 from flatmount.cli import image_demo, image_pull
 from flatmount.cli.common import open_store, print_json, size, store_options
+from flatmount.cli.store import add_export
 from flatmount.errors import EXIT_FINE
 from flatmount.store import Progressed, Store, StoredImage
 
@@ -18,6 +19,7 @@ _EXAMPLES = """examples:
   flatmount image import saved.tar:app:1.2       one of several images that `docker save` wrote
   flatmount image pull docker.io/library/debian:12
   flatmount image show web --json
+  flatmount image export web ./layout
   flatmount image remove web
 """
 
@@ -26,8 +28,8 @@ def add_parser(verbs: Any) -> None:
     """Add `image` and its sub-verbs to `verbs`, argparse's action for sub-parsers."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "image",
-        help="import, pull, list, show and remove images",
-        description="Import, pull, list, show and remove images.",
+        help="import, pull, list, show, export and remove images",
+        description="Import, pull, list, show, export and remove images.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,6 +55,7 @@ def add_parser(verbs: Any) -> None:
     store_options(removing)
     removing.set_defaults(run=_remove)
 
+    add_export(subverbs)
     image_pull.add_parser(subverbs)
     image_demo.add_parser(subverbs)
 

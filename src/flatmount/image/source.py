@@ -84,9 +84,7 @@ def open_source(source: str, platform: model.Platform | None = None) -> ImageSou
 
     Raises: BadImage, FlatmountError.
     """
-    path, name = source, None
-    if not os.path.lexists(source) and ":" in source:
-        path, _, name = source.rpartition(":")
+    path, name = _split(source)
     files = open_files(path)
     try:
         if files.size("index.json") is not None:
@@ -100,6 +98,34 @@ def open_source(source: str, platform: model.Platform | None = None) -> ImageSou
     except BaseException:
         files.close()
         raise
+
+
+def image_names(path: str) -> tuple[str, ...]:
+    """What the images of the OCI image layout at `path` are called there; a digest for one without a name.
+
+    Raises: BadImage, FlatmountError.
+    """
+    files = open_files(path)
+    try:
+        raw = read_document(files, "index.json", model.DOCUMENT_BYTES)
+        if raw is None:
+            raise BadImage(f"{path} is not an OCI image layout: it has no index.json", hint="name another path")
+        top = model.index(raw, f"{path}: index.json")
+        images = [d for d in top.manifests if d.media_type in model.MANIFESTS | model.INDEXES]
+        return tuple(dict.fromkeys(d.ref_name or d.digest for d in images))
+    finally:
+        files.close()
+
+
+def _split(source: str) -> tuple[str, str | None]:
+    """PATH and NAME: at the first colon after something that exists, because names have colons as well."""
+    if os.path.lexists(source):
+        return source, None
+    for at, character in enumerate(source):
+        if character == ":" and os.path.lexists(source[:at]):
+            return source[:at], source[at + 1 :]
+    path, colon, name = source.rpartition(":")
+    return (path, name) if colon else (source, None)
 
 
 def check_layers(manifest: model.Manifest, config: model.ImageConfig, where: str) -> None:

@@ -6,6 +6,7 @@
         uppers/                      made by whoever mounts
         staging/N trash/             not yet and no longer visible
     ROOT/v1/entries/N       what was unpacked into layers/N
+    ROOT/v1/entries/N.tar   the archive of layers/N without its contents
     ROOT/v1/lock            held shared by whoever has something in staging, exclusively by whoever sweeps
     ROOT/v1/build.lock      held by whoever builds a flat or shifted tree
 
@@ -139,8 +140,24 @@ class Disk:
 
     def create_entries(self, number: int) -> int:
         """A descriptor for the manifest of a layer's entries, which the caller writes and closes."""
+        return self._create(f"entries/{number}")
+
+    def create_archive(self, number: int) -> int:
+        """A descriptor for the records of a layer's archive, which the caller writes and closes."""
+        return self._create(f"entries/{number}.tar")
+
+    def open_archive(self, number: int) -> int:
+        """A descriptor for reading the records of a layer's archive, which the caller closes."""
+        return os.open(f"entries/{number}.tar", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.base_fd)
+
+    def drop_archive(self, number: int) -> None:
+        """Remove the records of a layer's archive."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"entries/{number}.tar", dir_fd=self.base_fd)
+
+    def _create(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(f"entries/{number}", flags, 0o600, dir_fd=self.base_fd)
+        return os.open(path, flags, 0o600, dir_fd=self.base_fd)
 
     def has_tree(self, path: str) -> bool:
         """Whether there is a directory at `path`, relative to data."""
@@ -154,7 +171,8 @@ class Disk:
         return os.open(f"entries/{number}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.base_fd)
 
     def drop_entries(self, number: int) -> None:
-        """Remove the manifest of a layer's entries."""
+        """Remove the manifest of a layer's entries, and the records of its archive."""
+        self.drop_archive(number)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"entries/{number}", dir_fd=self.base_fd)
 
@@ -203,7 +221,8 @@ class Disk:
 
 
 def _unknown(names: list[str], known: set[int]) -> list[str]:
-    return [name for name in names if not name.isdigit() or int(name) not in known]
+    stems = ((name, name.removesuffix(".tar")) for name in names)
+    return [name for name, stem in stems if not stem.isdigit() or int(stem) not in known]
 
 
 def _create(root: str) -> None:

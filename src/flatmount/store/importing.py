@@ -13,6 +13,7 @@ from flatmount.errors import BadImage, FlatmountError, from_os_error
 from flatmount.image import ImageSource, LayerStream, TarReader
 from flatmount.image import digest as digests
 from flatmount.store import entries
+from flatmount.store.archives import ArchiveRecorder
 from flatmount.store.below import Below
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
@@ -114,16 +115,32 @@ def _unpack_stream(disk: Disk, stream: LayerStream, number: int, diff_id: str, b
     target = os.open(f"staging/{number}", flags, dir_fd=disk.data_fd)
     try:
         limits = Limits(total_bytes=disk.free_bytes())
-        unpacked = unpack(TarReader(stream.read), target, Below(disk.data_fd, below), limits)
+        unpacked = _unpack_recorded(disk, stream, number, target, Below(disk.data_fd, below), limits)
     finally:
         os.close(target)
     stream.finish()
+    if not unpacked.complete:
+        disk.drop_archive(number)
     fd = disk.create_entries(number)
     try:
         entries.write(fd, diff_id, unpacked.entries.items())
     finally:
         os.close(fd)
     return unpacked
+
+
+def _unpack_recorded(
+    disk: Disk, stream: LayerStream, number: int, target: int, below: Below, limits: Limits
+) -> Unpacked:
+    fd = disk.create_archive(number)
+    try:
+        recorder = ArchiveRecorder(fd)
+        try:
+            return unpack(TarReader(stream.read, recorder), target, below, limits)
+        finally:
+            recorder.close()
+    finally:
+        os.close(fd)
 
 
 def layer_facts(unpacked: Unpacked) -> tuple[int | str | None, ...]:

@@ -13,11 +13,13 @@ from typing import Self
 from flatmount.errors import FlatmountError, InUse, StoreError, UnknownImage, UsageError, from_os_error
 from flatmount.image import ImageSource, open_source
 from flatmount.image import digest as digests
+from flatmount.image.layout_writer import LayoutWriter
 from flatmount.image.model import image_config
 from flatmount.kernel.tree import Flattened, RemovedTree, copy_tree, flatten
 from flatmount.plan.mapping import Mapping
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
+from flatmount.store.exporting import Told, export_images
 from flatmount.store.fsck import Checked, Finding, Report, check
 from flatmount.store.importing import Progress, import_image
 from flatmount.store.model import Holder, Owners, Removed, RootAttributes, Span, StoredImage, StoredLayer
@@ -324,6 +326,24 @@ class Store:
         with self._database.reading() as db:
             rows = db.execute("SELECT holder, image, since_ns FROM leases ORDER BY since_ns, holder").fetchall()
         return tuple(Holder(*row) for row in rows)
+
+    # Out of it.
+
+    def export(self, images: Sequence[StoredImage], layout: LayoutWriter, told: Told | None = None) -> None:
+        """Write images to an OCI image layout that is being made; see flatmount.store.exporting."""
+        with self._disk.working():
+            with self._database.reading() as db:
+                configs = [
+                    db.execute(
+                        "SELECT content FROM documents JOIN images ON config_digest = documents.digest"
+                        " WHERE images.digest = ?",
+                        (image.digest,),
+                    ).fetchone()
+                    for image in images
+                ]
+            export_images(
+                self._disk, layout, [(i, config[0]) for i, config in zip(images, configs, strict=True) if config], told
+            )
 
     # Looking after it.
 
