@@ -55,10 +55,8 @@ def _show(bench: Bench, ways: dict[str, Burst]) -> None:
 
     walls = rounds({name: measure(name) for name in ways}, ROUNDS)
     first = next(iter(ways))
-    print(
-        f"{CONTAINERS} containers of {LAYERS} layers, {ROUNDS} rounds: the last container and the one in the middle, ms;"
-    )
-    print(f"how many times sooner than {first!r} (round by round, lowest - highest)")
+    print(f"{CONTAINERS} containers of {LAYERS} layers, {ROUNDS} rounds: ms until the last and the middle one is up,")
+    print(f"and how many times sooner than {first!r} (round by round, lowest - highest)")
     for name in ways:
         middle = Figures(tuple(middles[name]))
         sooner = ratio(walls[first], walls[name])
