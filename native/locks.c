@@ -2,15 +2,16 @@
  * The lock benchmark: pinned threads on one lock for a fixed time, and one cache line sent to and fro between two
  * processors. All waiting and counting is here, all judging in Python (flatmount.cpu.bench).
  *
- *   kind                who waits how                                    a section
- *   TAS                 exchange until it was free                       counts and marks its owner on a line of its own
- *   TTAS                reads until it looks free, pausing; exchange
- *   TICKET              takes a number, reads until it is served
- *   MCS                 queues a node of its own, spins on that
- *   MUTEX               pthread_mutex_t
- *   RWLOCK              futex; one section in eight writes, the others read
- *   SEQLOCK             the first thread writes, the others read and try again: a path walk beside a mount
+ *   kind       how one waits
+ *   TAS        exchanges until the lock was free
+ *   TTAS       reads until it looks free, pausing, and exchanges then
+ *   TICKET     takes a number and reads until it is served
+ *   MCS        queues a node of its own and spins on that
+ *   MUTEX      as pthread_mutex_t does
+ *   RWLOCK     on a futex; one section in eight writes, the others read
+ *   SEQLOCK    the first thread writes, the others read and try again: a path walk beside a mount
  *
+ * A section that excludes others counts itself and marks its owner, on a line that the lock guards.
  * Sections are counted only between the end of the pre-heating and the end of the run. Where `sample` is not 0, every
  * sample-th section is timed from asking for the lock to having left it; a run that samples is not one for throughput.
  */
@@ -44,16 +45,22 @@ struct node {
 } __attribute__((aligned(LINE)));
 
 struct locks {
-	struct { uint32_t word; } tas __attribute__((aligned(LINE)));
-	struct { uint32_t next; } ticket __attribute__((aligned(LINE)));
-	struct { uint32_t served; } serving __attribute__((aligned(LINE)));
+	uint32_t tas __attribute__((aligned(LINE)));
+	uint32_t ticket __attribute__((aligned(LINE)));
+	uint32_t serving __attribute__((aligned(LINE)));
 	struct node *tail __attribute__((aligned(LINE)));
 	pthread_mutex_t mutex __attribute__((aligned(LINE)));
-	struct { uint32_t word, waiting; } rw __attribute__((aligned(LINE))); /* WRITER, or how many read */
+	struct {
+		uint32_t word; /* WRITER, or how many read */
+		uint32_t waiting;
+	} rw __attribute__((aligned(LINE)));
 	uint32_t sequence __attribute__((aligned(LINE)));
-	struct { uint64_t sections, hand_offs; int owner; } guarded __attribute__((aligned(LINE)));
+	struct {
+		uint64_t sections;
+		int owner;
+	} guarded __attribute__((aligned(LINE)));
 	int phase __attribute__((aligned(LINE)));
-	unsigned int ready, left;
+	unsigned int ready;
 };
 
 struct worker {
@@ -174,17 +181,17 @@ static void lock(struct worker *w)
 
 	switch (w->kind) {
 	case TAS:
-		while (__atomic_exchange_n(&l->tas.word, 1, __ATOMIC_ACQUIRE))
+		while (__atomic_exchange_n(&l->tas, 1, __ATOMIC_ACQUIRE))
 			;
 		break;
 	case TTAS:
-		while (__atomic_exchange_n(&l->tas.word, 1, __ATOMIC_ACQUIRE))
-			while (__atomic_load_n(&l->tas.word, __ATOMIC_RELAXED))
+		while (__atomic_exchange_n(&l->tas, 1, __ATOMIC_ACQUIRE))
+			while (__atomic_load_n(&l->tas, __ATOMIC_RELAXED))
 				relax();
 		break;
 	case TICKET: {
-		uint32_t mine = __atomic_fetch_add(&l->ticket.next, 1, __ATOMIC_RELAXED);
-		while (__atomic_load_n(&l->serving.served, __ATOMIC_ACQUIRE) != mine)
+		uint32_t mine = __atomic_fetch_add(&l->ticket, 1, __ATOMIC_RELAXED);
+		while (__atomic_load_n(&l->serving, __ATOMIC_ACQUIRE) != mine)
 			relax();
 		break;
 	}
@@ -206,10 +213,10 @@ static void unlock(struct worker *w)
 	switch (w->kind) {
 	case TAS:
 	case TTAS:
-		__atomic_store_n(&l->tas.word, 0, __ATOMIC_RELEASE);
+		__atomic_store_n(&l->tas, 0, __ATOMIC_RELEASE);
 		break;
 	case TICKET:
-		__atomic_store_n(&l->serving.served, l->serving.served + 1, __ATOMIC_RELEASE);
+		__atomic_store_n(&l->serving, l->serving + 1, __ATOMIC_RELEASE);
 		break;
 	case MCS:
 		mcs_unlock(l, &w->node);

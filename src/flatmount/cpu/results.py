@@ -218,8 +218,11 @@ def load_bench(path: str) -> BenchResult:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One figure of two benches. `verdict` is "same", "lower" or "higher"; "indistinguishable" for "same" across machines;
-    "too few repeats" where one of them has no range to speak of."""
+    """One figure of two benches.
+
+    `verdict` is "same", "lower" or "higher", across machines "indistinguishable" in place of "same", and "too few
+    repeats" where one of the two has no range to speak of.
+    """
 
     figure: str
     unit: str
