@@ -71,6 +71,7 @@ struct worker {
 	int cpu, place, error, moved;
 	unsigned int sample;
 	uint64_t sections, hand_offs, retries, elapsed_ns;
+	uint64_t excluding; /* sections from the first to the last, counted or not */
 	uint32_t *samples;
 	unsigned int sampled;
 } __attribute__((aligned(LINE)));
@@ -238,6 +239,7 @@ static int exclusive_section(struct worker *w)
 	int handed_off = l->guarded.owner != w->place;
 	l->guarded.owner = w->place;
 	l->guarded.sections++;
+	w->excluding++;
 	unlock(w);
 	return handed_off;
 }
@@ -258,6 +260,7 @@ static void sequence_write(struct worker *w)
 	__atomic_store_n(&l->sequence, l->sequence + 1, __ATOMIC_RELAXED);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	l->guarded.sections++;
+	w->excluding++;
 	__atomic_store_n(&l->sequence, l->sequence + 1, __ATOMIC_RELEASE);
 	for (int i = 0; i < WRITER_RESTS; i++)
 		relax();
@@ -369,6 +372,24 @@ static PyObject *worker_result(const struct worker *w)
 			     (const char *)w->samples, (Py_ssize_t)(w->sampled * sizeof(uint32_t)));
 }
 
+/* The threads' results, and how many exclusive sections are missing from the guarded count: none, if the lock excludes. */
+static PyObject *all_results(const struct worker *workers, int count)
+{
+	PyObject *results = PyTuple_New(count);
+	uint64_t excluding = 0;
+
+	for (int i = 0; results && i < count; i++) {
+		PyObject *one = worker_result(&workers[i]);
+		if (!one) {
+			Py_DECREF(results);
+			return NULL;
+		}
+		PyTuple_SetItem(results, i, one);
+		excluding += workers[i].excluding;
+	}
+	return Py_BuildValue("(NK)", results, (unsigned long long)(excluding - workers[0].locks->guarded.sections));
+}
+
 static int read_cpus(PyObject *tuple, int *cpus)
 {
 	Py_ssize_t count = PyTuple_Size(tuple);
@@ -430,15 +451,8 @@ static PyObject *contend_for_lock(PyObject *module, PyObject *arguments)
 	if (error) {
 		errno = error;
 		PyErr_SetFromErrno(PyExc_OSError);
-	} else if ((result = PyTuple_New(count))) {
-		for (int i = 0; i < count; i++) {
-			PyObject *one = worker_result(&workers[i]);
-			if (!one) {
-				Py_CLEAR(result);
-				break;
-			}
-			PyTuple_SetItem(result, i, one);
-		}
+	} else {
+		result = all_results(workers, count);
 	}
 	pthread_mutex_destroy(&locks->mutex);
 	munmap(memory, bytes);
@@ -595,7 +609,7 @@ static PyObject *pause_ns(PyObject *module, PyObject *unused)
 
 PyMethodDef fm_locks_methods[] = {
 	{"contend_for_lock", contend_for_lock, METH_VARARGS,
-	 "contend_for_lock(kind, cpus, preheat_ns, run_ns, sample) -> a result for each thread"},
+	 "contend_for_lock(kind, cpus, preheat_ns, run_ns, sample) -> (a result for each thread, sections lost)"},
 	{"ping_pong", ping_pong, METH_VARARGS,
 	 "ping_pong(cpu, other, home, batches, rounds, limit_ns) -> (one-way ns of each batch, node, moved)"},
 	{"pause_ns", pause_ns, METH_NOARGS, "pause_ns() -> what one spin-wait hint takes, best of five"},
