@@ -166,13 +166,14 @@ PyObject *fm_program_burst(PyObject *program, PyObject *arguments)
 	}
 
 	uint64_t wall_ns;
-	Py_BEGIN_ALLOW_THREADS
-	wall_ns = run_burst(&burst, threads, crew);
-	Py_END_ALLOW_THREADS
-	if (burst.error) {
+	Py_BEGIN_ALLOW_THREADS wall_ns = run_burst(&burst, threads, crew);
+	Py_END_ALLOW_THREADS if (burst.error)
+	{
 		errno = burst.error;
 		PyErr_SetFromErrno(PyExc_OSError);
-	} else {
+	}
+	else
+	{
 		result = results(&burst, wall_ns);
 	}
 out:

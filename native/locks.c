@@ -2,15 +2,16 @@
  * The lock benchmark: pinned threads on one lock for a fixed time, and one cache line sent to and fro between two
  * processors. All waiting and counting is here, all judging in Python (flatmount.cpu.bench).
  *
- *   kind                who waits how                                    a section
- *   TAS                 exchange until it was free                       counts and marks its owner on a line of its own
- *   TTAS                reads until it looks free, pausing; exchange
- *   TICKET              takes a number, reads until it is served
- *   MCS                 queues a node of its own, spins on that
- *   MUTEX               pthread_mutex_t
- *   RWLOCK              futex; one section in eight writes, the others read
- *   SEQLOCK             the first thread writes, the others read and try again: a path walk beside a mount
+ *   kind       how one waits
+ *   TAS        exchanges until the lock was free
+ *   TTAS       reads until it looks free, pausing, and exchanges then
+ *   TICKET     takes a number and reads until it is served
+ *   MCS        queues a node of its own and spins on that
+ *   MUTEX      as pthread_mutex_t does
+ *   RWLOCK     on a futex; one section in eight writes, the others read
+ *   SEQLOCK    the first thread writes, the others read and try again: a path walk beside a mount
  *
+ * A section that excludes others counts itself and marks its owner, on a line that the lock guards.
  * Sections are counted only between the end of the pre-heating and the end of the run. Where `sample` is not 0, every
  * sample-th section is timed from asking for the lock to having left it; a run that samples is not one for throughput.
  */
@@ -44,16 +45,22 @@ struct node {
 } __attribute__((aligned(LINE)));
 
 struct locks {
-	struct { uint32_t word; } tas __attribute__((aligned(LINE)));
-	struct { uint32_t next; } ticket __attribute__((aligned(LINE)));
-	struct { uint32_t served; } serving __attribute__((aligned(LINE)));
+	uint32_t tas __attribute__((aligned(LINE)));
+	uint32_t ticket __attribute__((aligned(LINE)));
+	uint32_t serving __attribute__((aligned(LINE)));
 	struct node *tail __attribute__((aligned(LINE)));
 	pthread_mutex_t mutex __attribute__((aligned(LINE)));
-	struct { uint32_t word, waiting; } rw __attribute__((aligned(LINE))); /* WRITER, or how many read */
+	struct {
+		uint32_t word; /* WRITER, or how many read */
+		uint32_t waiting;
+	} rw __attribute__((aligned(LINE)));
 	uint32_t sequence __attribute__((aligned(LINE)));
-	struct { uint64_t sections, hand_offs; int owner; } guarded __attribute__((aligned(LINE)));
+	struct {
+		uint64_t sections;
+		int owner;
+	} guarded __attribute__((aligned(LINE)));
 	int phase __attribute__((aligned(LINE)));
-	unsigned int ready, left;
+	unsigned int ready;
 };
 
 struct worker {
@@ -64,6 +71,7 @@ struct worker {
 	int cpu, place, error, moved;
 	unsigned int sample;
 	uint64_t sections, hand_offs, retries, elapsed_ns;
+	uint64_t excluding; /* sections from the first to the last, counted or not */
 	uint32_t *samples;
 	unsigned int sampled;
 } __attribute__((aligned(LINE)));
@@ -174,17 +182,17 @@ static void lock(struct worker *w)
 
 	switch (w->kind) {
 	case TAS:
-		while (__atomic_exchange_n(&l->tas.word, 1, __ATOMIC_ACQUIRE))
+		while (__atomic_exchange_n(&l->tas, 1, __ATOMIC_ACQUIRE))
 			;
 		break;
 	case TTAS:
-		while (__atomic_exchange_n(&l->tas.word, 1, __ATOMIC_ACQUIRE))
-			while (__atomic_load_n(&l->tas.word, __ATOMIC_RELAXED))
+		while (__atomic_exchange_n(&l->tas, 1, __ATOMIC_ACQUIRE))
+			while (__atomic_load_n(&l->tas, __ATOMIC_RELAXED))
 				relax();
 		break;
 	case TICKET: {
-		uint32_t mine = __atomic_fetch_add(&l->ticket.next, 1, __ATOMIC_RELAXED);
-		while (__atomic_load_n(&l->serving.served, __ATOMIC_ACQUIRE) != mine)
+		uint32_t mine = __atomic_fetch_add(&l->ticket, 1, __ATOMIC_RELAXED);
+		while (__atomic_load_n(&l->serving, __ATOMIC_ACQUIRE) != mine)
 			relax();
 		break;
 	}
@@ -206,10 +214,10 @@ static void unlock(struct worker *w)
 	switch (w->kind) {
 	case TAS:
 	case TTAS:
-		__atomic_store_n(&l->tas.word, 0, __ATOMIC_RELEASE);
+		__atomic_store_n(&l->tas, 0, __ATOMIC_RELEASE);
 		break;
 	case TICKET:
-		__atomic_store_n(&l->serving.served, l->serving.served + 1, __ATOMIC_RELEASE);
+		__atomic_store_n(&l->serving, l->serving + 1, __ATOMIC_RELEASE);
 		break;
 	case MCS:
 		mcs_unlock(l, &w->node);
@@ -231,6 +239,7 @@ static int exclusive_section(struct worker *w)
 	int handed_off = l->guarded.owner != w->place;
 	l->guarded.owner = w->place;
 	l->guarded.sections++;
+	w->excluding++;
 	unlock(w);
 	return handed_off;
 }
@@ -251,6 +260,7 @@ static void sequence_write(struct worker *w)
 	__atomic_store_n(&l->sequence, l->sequence + 1, __ATOMIC_RELAXED);
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
 	l->guarded.sections++;
+	w->excluding++;
 	__atomic_store_n(&l->sequence, l->sequence + 1, __ATOMIC_RELEASE);
 	for (int i = 0; i < WRITER_RESTS; i++)
 		relax();
@@ -362,6 +372,24 @@ static PyObject *worker_result(const struct worker *w)
 			     (const char *)w->samples, (Py_ssize_t)(w->sampled * sizeof(uint32_t)));
 }
 
+/* The threads' results, and how many exclusive sections are missing from the guarded count: none, if the lock excludes. */
+static PyObject *all_results(const struct worker *workers, int count)
+{
+	PyObject *results = PyTuple_New(count);
+	uint64_t excluding = 0;
+
+	for (int i = 0; results && i < count; i++) {
+		PyObject *one = worker_result(&workers[i]);
+		if (!one) {
+			Py_DECREF(results);
+			return NULL;
+		}
+		PyTuple_SetItem(results, i, one);
+		excluding += workers[i].excluding;
+	}
+	return Py_BuildValue("(NK)", results, (unsigned long long)(excluding - workers[0].locks->guarded.sections));
+}
+
 static int read_cpus(PyObject *tuple, int *cpus)
 {
 	Py_ssize_t count = PyTuple_Size(tuple);
@@ -423,15 +451,8 @@ static PyObject *contend_for_lock(PyObject *module, PyObject *arguments)
 	if (error) {
 		errno = error;
 		PyErr_SetFromErrno(PyExc_OSError);
-	} else if ((result = PyTuple_New(count))) {
-		for (int i = 0; i < count; i++) {
-			PyObject *one = worker_result(&workers[i]);
-			if (!one) {
-				Py_CLEAR(result);
-				break;
-			}
-			PyTuple_SetItem(result, i, one);
-		}
+	} else {
+		result = all_results(workers, count);
 	}
 	pthread_mutex_destroy(&locks->mutex);
 	munmap(memory, bytes);
@@ -588,7 +609,7 @@ static PyObject *pause_ns(PyObject *module, PyObject *unused)
 
 PyMethodDef fm_locks_methods[] = {
 	{"contend_for_lock", contend_for_lock, METH_VARARGS,
-	 "contend_for_lock(kind, cpus, preheat_ns, run_ns, sample) -> a result for each thread"},
+	 "contend_for_lock(kind, cpus, preheat_ns, run_ns, sample) -> (a result for each thread, sections lost)"},
 	{"ping_pong", ping_pong, METH_VARARGS,
 	 "ping_pong(cpu, other, home, batches, rounds, limit_ns) -> (one-way ns of each batch, node, moved)"},
 	{"pause_ns", pause_ns, METH_NOARGS, "pause_ns() -> what one spin-wait hint takes, best of five"},

@@ -149,6 +149,8 @@ def test_overlapping_ranges_are_not_told_apart(tmp_path: Path) -> None:
     apart = samples.bench(vm, locks=[samples.lock(Kind.TICKET, "one-l3", 2, 50.0)])
     assert {c.verdict for c in compare(first, close)} == {"same"}
     assert [c.verdict for c in compare(first, apart)] == ["lower"]
+    once = dataclasses.replace(apart.locks[0], ns=Spread.of([50.0]))
+    assert [c.verdict for c in compare(first, dataclasses.replace(apart, locks=(once,)))] == ["too few repeats"]
     other_machine = dataclasses.replace(close, topology=recorded("genoa", tmp_path / "genoa"))
     assert not same_machine(first, other_machine)
     assert {c.verdict for c in compare(first, other_machine)} == {"indistinguishable"}
@@ -157,7 +159,7 @@ def test_overlapping_ranges_are_not_told_apart(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", Kind)
 def test_every_lock_makes_progress_and_counts(kind: Kind) -> None:
     found = run_lock(kind, CPUS[:2], 15)
-    assert 0 < found.ns < 1e6 and 0 < found.fairness <= 1
+    assert 0 < found.ns < 1e9 and 0 < found.fairness <= 1
     assert (found.hand_off is None) == (kind is Kind.SEQLOCK)
     assert found.hand_off is None or 0 <= found.hand_off <= 1
     assert len(found.samples_ns) == 0
@@ -173,11 +175,11 @@ def test_a_fair_lock_changes_hands_and_an_unfair_one_does_not() -> None:
     assert fair > 0.5 and fair > unfair
 
 
-def test_a_lock_excludes() -> None:
-    # The guarded line is written by whoever holds the lock; its writer count is what the threads counted.
-    for kind in (Kind.TAS, Kind.TTAS, Kind.TICKET, Kind.MCS, Kind.MUTEX):
-        threads = _native.contend_for_lock(kind.number, CPUS[:2], 1_000_000, 10_000_000, 0)
-        assert sum(thread[1] for thread in threads) <= sum(thread[0] for thread in threads)
+@pytest.mark.parametrize("kind", Kind)
+def test_a_lock_excludes(kind: Kind) -> None:
+    # Whoever is in adds one to a plain number: two at once would lose one of them.
+    threads, lost = _native.contend_for_lock(kind.number, CPUS[:2], 1_000_000, 20_000_000, 0)
+    assert len(threads) == len(CPUS[:2]) and lost == 0
 
 
 def test_a_processor_that_is_not_there_is_named() -> None:

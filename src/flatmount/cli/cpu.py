@@ -209,15 +209,18 @@ def _bench(args: argparse.Namespace) -> int:
         _write(args.output, json.dumps({"schema": BENCH_SCHEMA, **facts_}, indent=1) + "\n")
     if args.html:
         _write(args.html, page(result, load_validation(args.validation) if args.validation else None))
-    compared = compare(load_bench(args.compare), result) if args.compare else ()
+    earlier = load_bench(args.compare) if args.compare else None
+    compared = compare(earlier, result) if earlier else ()
     if args.json:
         _print(BENCH_SCHEMA, {**facts_, "compared": to_data(compared)} if args.compare else facts_)
     else:
         print(cpu_text.bench_text(result))
-        if args.compare:
-            if not same_machine(load_bench(args.compare), result):
-                print("\nthe two results are of different machines")
+        if earlier:
             print(f"\n{cpu_text.comparison_text(compared)}")
+            if not same_machine(earlier, result):
+                print("the two results are of different machines")
+            if earlier.disturbance.disturbed:
+                print(f"the first: {earlier.disturbance.line()}")
     return EXIT_FINE
 
 

@@ -16,6 +16,7 @@ from flatmount.errors import EXIT_FAILED, EXIT_USAGE, FlatmountError, from_os_er
 _VERBS = (
     "probe",
     "image",
+    "store",
     "gc",
     "fsck",
     "plan",
@@ -24,12 +25,11 @@ _VERBS = (
     "run",
     "ps",
     "exec",
-    "logs",
     "stop",
     "remove",
+    "logs",
     "storm",
     "cpu",
-    "store",
 )
 
 

@@ -23,6 +23,7 @@ Progress = Callable[[str], None]
 BurstRuns = dict[tuple[Burst, str], list[BurstRun]]
 
 _MOST_LAYERS = 100
+_ENOUGH = 3
 _CALIBRATION_REPEATS = 3
 # Of the budget, for what comes after the locks, with bursts and without.
 _LEFT_FOR_LATER, _LEFT_FOR_MATRIX = 0.5, 0.2
@@ -208,10 +209,11 @@ def run_at(bench: Stage, burst: Burst, placement: Placement | None, runs: BurstR
 
 
 def burst_figure(runs: Sequence[BurstRun], placement: str = "") -> BurstFigure:
-    """One figure from its repeats: the quiet ones, where there are any. Raises: FlatmountError for none."""
+    """One figure from its repeats: the quiet ones, if they make a range. Raises: FlatmountError for none."""
     if not runs:
         raise FlatmountError("a burst without a run")
-    runs = [run for run in runs if run.quiet] or runs
+    quiet = [run for run in runs if run.quiet]
+    runs = quiet if len(quiet) >= _ENOUGH else runs
     middle = sorted(runs, key=lambda run: run.wall_s)[len(runs) // 2]
     return BurstFigure(
         middle.burst,

@@ -43,9 +43,11 @@ def run_lock(
     every = _SAMPLE_EVERY if sample else 0
     for attempt in range(_TRIES):
         try:
-            threads = _native.contend_for_lock(kind.number, cpus, int(preheat_ms * 1e6), int(run_ms * 1e6), every)
+            threads, lost = _native.contend_for_lock(kind.number, cpus, int(preheat_ms * 1e6), int(run_ms * 1e6), every)
         except OSError as error:
             raise _gone(error, cpus) from error
+        if lost:
+            raise FlatmountError(f"the {kind.value} lock let two in at once: {lost} sections were lost")
         starved = not all(thread[0] for thread in threads)
         # Somebody else may have had a processor all the time: a longer try tells that from an unfair lock.
         if not starved or (attempt == _TRIES - 1 and any(thread[0] for thread in threads)):

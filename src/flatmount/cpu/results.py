@@ -17,6 +17,8 @@ from flatmount.cpu.topology import Topology
 from flatmount.errors import UsageError
 
 SCHEMA = "flatmount.cpu-bench/1"
+LEAST_REPEATS = 3
+TOO_FEW = "too few repeats"
 # A gap this wide between sorted values, with this share of them on either side, makes two modes of them.
 _MODE_RATIO = 1.5
 _MODE_SHARE = 0.2
@@ -216,7 +218,11 @@ def load_bench(path: str) -> BenchResult:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One figure of two benches. `verdict` is "same", "lower", "higher", or "indistinguishable" across machines."""
+    """One figure of two benches.
+
+    `verdict` is "same", "lower" or "higher", across machines "indistinguishable" in place of "same", and "too few
+    repeats" where one of the two has no range to speak of.
+    """
 
     figure: str
     unit: str
@@ -251,6 +257,8 @@ def compare(first: BenchResult, second: BenchResult) -> tuple[Comparison, ...]:
     found = []
     for name, unit, one, other in _pairs(first, second):
         verdict = same if one.overlaps(other) else "lower" if other.median < one.median else "higher"
+        if min(one.count, other.count) < LEAST_REPEATS:
+            verdict = TOO_FEW
         found.append(Comparison(name, unit, one, other, verdict))
     return tuple(found)
 

@@ -120,11 +120,12 @@ def sync_filesystem(fd: int, /) -> None: ...
 
 def contend_for_lock(
     kind: int, cpus: tuple[int, ...], preheat_ns: int, run_ns: int, sample: int, /
-) -> tuple[tuple[int, int, int, int, int, bytes], ...]:
+) -> tuple[tuple[tuple[int, int, int, int, int, bytes], ...], int]:
     """Let one thread pinned to each of `cpus` take one lock again and again for `run_ns` after `preheat_ns`.
 
     Returns for each thread: sections, those whose lock came from another processor, a reader's repeats, nanoseconds it
-    counted, whether it was moved to another processor, and every `sample`-th section's nanoseconds (uint32; 0: none).
+    counted, whether it was moved to another processor, and every `sample`-th section's nanoseconds (uint32; 0: none);
+    and how many exclusive sections were lost, which is 0 for a lock that excludes.
     Raises OSError: EINVAL for a processor that is offline or not allowed.
     """
 

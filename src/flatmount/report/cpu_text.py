@@ -9,7 +9,7 @@ from flatmount.cpu.advise import Advice
 from flatmount.cpu.model import Model, Parameter, Prediction
 from flatmount.cpu.noise import Disturbance
 from flatmount.cpu.published import Fact
-from flatmount.cpu.results import BenchResult, BurstFigure, Comparison, Spread
+from flatmount.cpu.results import TOO_FEW, BenchResult, BurstFigure, Comparison, Spread
 from flatmount.cpu.topology import Topology, format_list
 from flatmount.cpu.validation import Point, Validation
 
@@ -229,6 +229,7 @@ def advice_text(advice: Sequence[Advice]) -> str:
 def comparison_text(found: Sequence[Comparison]) -> str:
     """Two benches figure by figure."""
     rows = [[c.figure, c.unit, spread(c.first), spread(c.second), c.verdict] for c in found]
-    same = sum(c.verdict in ("same", "indistinguishable") for c in found)
+    told = [c for c in found if c.verdict != TOO_FEW]
+    same = sum(c.verdict in ("same", "indistinguishable") for c in told)
     heads = ["figure", "unit", "first", "second", "verdict"]
-    return f"{table(heads, rows)}\n\n{same} of {len(found)} figures have ranges that overlap"
+    return f"{table(heads, rows)}\n\n{same} of {len(told)} figures have ranges that overlap"
