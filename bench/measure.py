@@ -15,7 +15,6 @@ from pathlib import Path
 
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.plan.mapping import Mapping as IdMapping
-from flatmount.plan.operations import LAYERS
 from flatmount.rootfs.assembler import Assembler, Request, Rootfs
 from flatmount.rootfs.ranges import RangePool
 from flatmount.rootfs.workplace import workplace
@@ -71,7 +70,7 @@ def assemble_all(
     """Assemble `count` containers, `at_once` at a time; returns microseconds of wall time for each, undoing apart."""
     requests = [Request(mapping, f"{tag}-{i}", f"{roots}/{tag}-{i}") for i, mapping in enumerate(mappings(count))]
     if ahead:
-        pool.prepare((request.mapping for request in requests), pinned=LAYERS in assembler.needs)
+        pool.prepare((request.mapping for request in requests), pinned=assembler.pins)
     begun = time.perf_counter_ns()
     made = assembler.assemble_many(requests, at_once=at_once)
     took = time.perf_counter_ns() - begun

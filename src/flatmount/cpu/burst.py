@@ -180,9 +180,9 @@ def _lend(pool: RangePool, mapping: Mapping, needed: tuple[Slot, ...]) -> dict[S
     lent = dict(pool.home.lent)
     lent[USER_NAMESPACE] = shared.namespace.fileno()
     if LAYERS in needed:
-        lent[LAYERS] = shared.layers()
+        lent[LAYERS] = shared.layers().fd
     if UPPERS in needed:
-        lent[UPPERS] = pool.directory(f"{pool.data}/uppers")
+        lent[UPPERS] = pool.directory(f"{pool.data}/uppers").fd
     return lent
 
 

@@ -102,9 +102,14 @@ class Executable:
     ) -> Outcome:
         """As `run`, for a caller that runs the plan often: arguments in the order of `needs` and `parameters`."""
         outcome = self._outcome((lent, parameters, ids), self._program.run(lent, parameters, ids))
-        if outcome.failure is not None and not self.plan.keep_going:
+        if outcome.failure is None or self.plan.keep_going:
+            return outcome
+        try:
             raise outcome.failure
-        return outcome
+        finally:
+            # The failure's traceback holds this frame: with the outcome in it, a cycle would keep all of the callers'
+            # descriptors open until the collector comes by.
+            del outcome
 
     def run_many(self, jobs: list[Job], *, at_once: int) -> list[Outcome]:
         """Run the plan once for each job, `at_once` at a time, on threads of the executor's own.

@@ -21,7 +21,9 @@ class Parameter(Enum):
     UPPER = "UPPER"  # the container's name, and that of its own directory there, which holds `fs` and `work`
     SCRATCH = "SCRATCH"  # a path nobody else uses, beginning of the names of temporary mount points
     DATA = "DATA"  # the store's data directory, the parent of all layers
-    RANGE = "RANGE"  # where a range's parent is attached, in a helper namespace
+    RANGE = "RANGE"  # where a range's parent is to be attached, in a helper namespace
+    LAYERS_AT = "LAYERS_AT"  # where LAYERS is attached, in a helper namespace
+    UPPERS_AT = "UPPERS_AT"  # where UPPERS is attached, in a helper namespace
 
 
 Text = str | tuple[str | Parameter, ...]

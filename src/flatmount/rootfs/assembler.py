@@ -27,10 +27,9 @@ from flatmount.plan.operations import (
     UnmountFlag,
 )
 from flatmount.rootfs.ranges import Range, RangePool
-from flatmount.strategies import STRATEGIES, Attach, Ids, RootfsSpec, Upper, upper_ids
+from flatmount.strategies import PINNING, STRATEGIES, Attach, Ids, RootfsSpec, Upper, upper_ids
 
 _UNATTACH = Unmount((Parameter.TARGET,), UnmountFlag.NOFOLLOW)
-_PINNING = ("detached", "flat")
 
 
 class Phases(NamedTuple):
@@ -85,6 +84,8 @@ class Rootfs:
 class Assembler:
     """Makes root file systems of one image by one strategy. The plan is made once and runs for each container.
 
+    `pins` says whether a range's parent is pinned for it.
+
     Safe to use from any number of threads.
     """
 
@@ -104,13 +105,14 @@ class Assembler:
         self.spec = spec
         self.strategy = strategy
         self.plan = STRATEGIES[strategy](spec, pool.facts)
-        self.ids = upper_ids(spec, pool.facts) if strategy in _PINNING else Ids.HOST
+        self.ids = upper_ids(spec, pool.facts) if strategy in PINNING else Ids.HOST
         self.ephemeral = ephemeral
         self.uppers = uppers
         self._pool = pool
         self._scratch = scratch
         self._executable = Executable(self.plan)
-        self._needs = frozenset(self._executable.needs)
+        self._given = frozenset(self._executable.parameters)
+        self.pins = LAYERS in self._executable.needs or Parameter.LAYERS_AT in self._given
         self._uppers = os.fsencode(uppers)
         self._data = os.fsencode(pool.data)
         undoing: list[Operation] = [_UNATTACH] if spec.attach is Attach.HOST else []
@@ -118,11 +120,6 @@ class Assembler:
             undoing.append(Rmdir((Parameter.TARGET,)))
         self._undo = Executable(MountPlan(tuple(undoing), keep_going=True))
         self._writes = spec.upper is not Upper.NONE
-
-    @property
-    def needs(self) -> frozenset[Slot]:
-        """The descriptors that its plan is lent."""
-        return self._needs
 
     def assemble(self, mapping: Mapping, name: str, target: str = "") -> Rootfs:
         """Build one root file system.
@@ -158,9 +155,7 @@ class Assembler:
         not. Raises: OSError, OperationFailed, MappingError where a range cannot be made; nothing is assembled then.
         """
         asked_ns = perf_counter_ns()
-        ranges = self._pool.prepare(
-            (request.mapping for request in requests), pinned=LAYERS in self._needs, at_once=at_once
-        )
+        ranges = self._pool.prepare((request.mapping for request in requests), pinned=self.pins, at_once=at_once)
         lent_ns = perf_counter_ns()
         jobs = [
             self._job(shared, self._lend(shared), request.name, request.target)
@@ -190,6 +185,10 @@ class Assembler:
             Parameter.SCRATCH: os.fsencode(self._scratch + name),
             Parameter.DATA: self._data,
         }
+        if Parameter.LAYERS_AT in self._given:
+            values[Parameter.LAYERS_AT] = os.fsencode(shared.layers().place)
+        if Parameter.UPPERS_AT in self._given:
+            values[Parameter.UPPERS_AT] = os.fsencode(self._pool.directory(self.uppers).place)
         parameters = tuple([values[parameter] for parameter in self._executable.parameters])
         return lent, parameters, shared.ids(root.uid, root.gid)
 
@@ -208,11 +207,11 @@ class Assembler:
 
     def _descriptor(self, slot: Slot, shared: Range) -> int:
         if slot is LAYERS:
-            return shared.layers()
+            return shared.layers().fd
         if slot is USER_NAMESPACE:
             return shared.namespace.fileno()
         if slot is UPPERS:
-            return self._pool.directory(self.uppers)
+            return self._pool.directory(self.uppers).fd
         return self._pool.home.lent[slot]
 
     def take_off(self, rootfs: Rootfs) -> Outcome | None:

@@ -29,11 +29,12 @@ DEFAULT_CAPACITY = 4096
 class Pin:
     """A clone of a directory's mount that lives as long as this object. `mount_operations` are those in our helper."""
 
-    __slots__ = ("__weakref__", "_release", "fd", "mount_operations")
+    __slots__ = ("__weakref__", "_release", "fd", "mount_operations", "place")
 
     def __init__(self, home: Home, outcome: Outcome, place: str) -> None:
         """Take over what a run of `strategies.pin` made at `place` (in the helper namespace, if it is used)."""
         self.fd = outcome.outputs[0]
+        self.place = place
         self.mount_operations = outcome.mount_operations
         self._release = weakref.finalize(self, _let_go, self.fd, home, place if outcome.mount_operations else None)
 
@@ -90,13 +91,13 @@ class Range:
             known = self._ids[uid, gid] = (*first, mapping.host_uid(uid), mapping.host_gid(gid))
         return known
 
-    def layers(self) -> int:
-        """The pinned id-mapped parent of all layers; the descriptor stays the range's."""
+    def layers(self) -> Pin:
+        """The pinned id-mapped parent of all layers; it stays the range's."""
         if self._pin is None:
             with self._lock:
                 if self._pin is None:
                     self._pin = self._pool.pin_layers(self)
-        return self._pin.fd
+        return self._pin
 
     @property
     def bare(self) -> bool:
@@ -180,9 +181,11 @@ class RangePool:
             for outcome, place in zip(outcomes, places, strict=True)
             if outcome.failure is None
         ]
-        for outcome in outcomes:
-            if outcome.failure is not None:
-                raise outcome.failure
+        failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        if failures:
+            # Out of this frame, which its traceback holds: what was pinned must not stay open until a collection.
+            del pins, outcomes
+            raise failures.pop()
         with self._lock:
             self.mount_operations += sum(made.mount_operations for made in pins)
         return pins
@@ -197,15 +200,15 @@ class RangePool:
             dropped = self._kept.pop(mapping, None)
         del dropped
 
-    def directory(self, path: str) -> int:
-        """A pinned clone of a directory outside the store (uppers); the descriptor stays the pool's."""
+    def directory(self, path: str) -> Pin:
+        """A pinned clone of a directory outside the store (uppers); it stays the pool's."""
         with self._lock:
             known = self._directories.get(path)
             if known is None:
                 place = self.home.place()
                 outcome = self._pin_plain.run(self.home.lent, {Parameter.DATA: path, Parameter.RANGE: place})
                 known = self._directories[path] = Pin(self.home, outcome, place)
-            return known.fd
+            return known
 
     def close(self) -> None:
         """Drop every range and pin now. Root file systems that live keep their own."""

@@ -17,7 +17,7 @@ from flatmount.kernel.mounts import MountEvents, mount_count
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.kernel.process import owned_name
 from flatmount.plan.facts import HostFacts
-from flatmount.plan.operations import LAYERS, Mount, MountFlag, MountPlan, Operation
+from flatmount.plan.operations import Mount, MountFlag, MountPlan, Operation
 from flatmount.rootfs.assembler import Assembler
 from flatmount.rootfs.image import specification
 from flatmount.rootfs.ranges import RangePool
@@ -249,7 +249,7 @@ class _Storm:
         assembler = self._assembler(name, pool)
         wanted = self._containers(repeat)
         if settings.ranges == "ahead":
-            pool.prepare((one.mapping for one in wanted), pinned=LAYERS in assembler.needs)
+            pool.prepare((one.mapping for one in wanted), pinned=assembler.pins)
         before = mount_count()
         gc.collect()
         with Watchers(settings.watchers) as watchers:
