@@ -6,8 +6,10 @@ import json
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,8 +110,66 @@ def test_progress_is_that_of_the_store(store: Store, registry: FakeRegistry) -> 
         store.import_from(image, name="app", progress=seen.append)
     finally:
         image.close()
-    assert (seen[-1].layer, seen[-1].layers) == (3, 3)
-    assert all(at.done_bytes <= at.total_bytes for at in seen)
+    assert {(at.layer, at.layers) for at in seen if at.done_bytes == at.total_bytes} == {(1, 3), (2, 3), (3, 3)}
+
+
+class Held:
+    """An answer that comes when it is told to."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+
+    def __call__(self, handler: Handler, body: bytes | None) -> None:
+        assert self.gate.wait(20)
+        handler.answer(200, body or b"")
+
+
+def layer_digest(registry: FakeRegistry, position: int) -> str:
+    digest: str = json.loads(registry.manifests["v1"][1])["layers"][position]["digest"]
+    return digest
+
+
+def test_layers_are_unpacked_side_by_side(store: Store, registry: FakeRegistry) -> None:
+    """The third is done while the first has not come; the second removes a file of the first and waits for it."""
+    held, third_is_there = Held(), threading.Event()
+    registry.fault(layer_digest(registry, 0), held)
+
+    def progress(at: Progressed) -> None:
+        if at.layer == 3 and at.done_bytes == at.total_bytes:
+            third_is_there.set()
+
+    def release() -> None:
+        third_is_there.wait(20)
+        held.gate.set()
+
+    releasing = threading.Thread(target=release)
+    releasing.start()
+    image = open_registry(
+        Reference.parse(f"{registry.host}/app:v1"), Config(registries={registry.host: Registry(plain_http=True)})
+    )
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("os.cpu_count", lambda: 3)
+            stored = store.import_from(image, name="app", progress=progress)
+        assert third_is_there.is_set()
+    finally:
+        held.gate.set()
+        releasing.join()
+        image.close()
+    assert stat.S_ISCHR(os.lstat(os.path.join(store.data, stored.layers[1].path, "gone")).st_mode)
+
+
+def test_the_first_failure_ends_all(store: Store, registry: FakeRegistry) -> None:
+    """A lower layer that does not come is not waited for when an upper one is known to be bad."""
+    held = Held()
+    registry.fault(layer_digest(registry, 0), held)
+    registry.fault(layer_digest(registry, 2), tampered)
+    threading.Timer(1.0, held.gate.set).start()
+    before = state(store)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(BadImage, match=layer_digest(registry, 2)):
+        patch.setattr("os.cpu_count", lambda: 3)
+        pull(store, registry)
+    assert state(store) == before
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])

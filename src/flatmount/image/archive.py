@@ -64,6 +64,9 @@ class DockerArchive:
         """See ImageSource.open_layer."""
         return _open(self.files, self.paths[position])
 
+    def give_up(self) -> None:
+        """See ImageSource.give_up. Nothing is waited for."""
+
     def close(self) -> None:
         """See ImageSource.close."""
         self.files.close()

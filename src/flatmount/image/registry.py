@@ -45,9 +45,14 @@ class RegistryImage:
         """How far the layers are that somebody wants; any thread may ask."""
         return self.fetcher.states()
 
+    def give_up(self) -> None:
+        """See ImageSource.give_up."""
+        self.transport.cancel()
+        self.fetcher.give_up()
+
     def close(self) -> None:
         """See ImageSource.close. What is being fetched is given up."""
-        self.transport.cancel()
+        self.give_up()
         self.fetcher.close()
         self.transport.close()
 

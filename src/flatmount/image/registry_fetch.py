@@ -79,12 +79,18 @@ class Fetcher:
         with self._changed:
             return tuple(spool.state() for spool in self._spools.values())
 
-    def close(self) -> None:
-        """Give up what is not done. The client's transport must have been cancelled, so that nobody waits for it."""
+    def give_up(self) -> None:
+        """End what is not done: whoever reads it gets Interrupted. The threads end when their transfers do."""
         with self._changed:
             self._closed = True
             self._waiting.clear()
+            for spool in self._spools.values():
+                spool.end(Interrupted("interrupted"))
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Give up, and give the files back. The transport must have been cancelled, so that no thread waits for it."""
+        self.give_up()
         for thread in self._threads:
             thread.join(_JOIN_S)
         for spool in self._spools.values():
@@ -156,7 +162,7 @@ class Spool(io.RawIOBase):
         rest = memoryview(piece)
         with self._changed:
             while rest:
-                if self._file is None:
+                if self._file is None or self._ended:
                     raise Interrupted("interrupted")
                 done = os.pwrite(self._file.fileno(), rest, self._written)
                 self._written += done
@@ -164,9 +170,10 @@ class Spool(io.RawIOBase):
             self._changed.notify_all()
 
     def end(self, error: FlatmountError | None) -> None:
-        """There will be no more; `error` says why, where that is not the end of the layer."""
+        """There will be no more; `error` says why, where that is not the end of the layer. The first word counts."""
         with self._changed:
-            self._ended, self._error = True, error
+            if not self._ended:
+                self._ended, self._error = True, error
             self._changed.notify_all()
 
     def state(self) -> Fetched:

@@ -44,6 +44,9 @@ class ImageSource(Protocol):
     def open_layer(self, position: int) -> BinaryIO:
         """The bytes of layer `position` (0 is the lowest) as they are stored, not yet verified."""
 
+    def give_up(self) -> None:
+        """Whoever reads a layer need not wait any more: what has not come yet never will. Any thread may say so."""
+
     def close(self) -> None:
         """Give back what is open."""
 
@@ -69,6 +72,9 @@ class LayoutImage:
         if file is None:
             raise _missing(self.files, layer.digest)
         return file
+
+    def give_up(self) -> None:
+        """See ImageSource.give_up. Nothing is waited for."""
 
     def close(self) -> None:
         """See ImageSource.close."""

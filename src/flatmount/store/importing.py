@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 from flatmount.errors import BadImage, FlatmountError, from_os_error
 from flatmount.image import ImageSource, LayerStream, TarReader
@@ -20,6 +23,7 @@ from flatmount.store.disk import Disk
 from flatmount.store.unpack import Limits, Unpacked, unpack
 
 _ATTEMPTS = 3
+_SIDE_BY_SIDE = 4  # layers, each with up to 128 open directories
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,7 @@ class Progressed:
 
 
 Progress = Callable[[Progressed], None]
+"""Called from the threads that unpack, of which there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +50,6 @@ class _Placed:
     parent_chain: str
     unpacked: Unpacked | None
     repeated: bool
-
-    @property
-    def path(self) -> str:
-        return f"layers/{self.number}" if self.unpacked is None else f"staging/{self.number}"
 
 
 class _Vanished(Exception):
@@ -84,10 +85,12 @@ def unpack_layer(
     number: int,
     below: Sequence[str],
     report: Callable[[int], None] | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> Unpacked:
     """Unpack layer `position` of `image` to staging/`number` and write its entries; nothing is synced or in the book.
 
-    `below` are the trees beneath it, topmost first, relative to the data directory. Both digests are verified.
+    `below` are the trees beneath it, topmost first, relative to the data directory; `ready` returns when they are
+    complete, and is called when the first of them is needed. Both digests are verified.
     What a failure leaves is the caller's to discard. Raises: BadImage, StoreError, naming the layer.
     """
     descriptor = image.manifest.layers[position]
@@ -96,7 +99,7 @@ def unpack_layer(
     try:
         stream = LayerStream(image.open_layer(position), descriptor, diff_id, report)
         try:
-            return _unpack_stream(disk, stream, number, diff_id, below)
+            return _unpack_stream(disk, stream, number, diff_id, Below(disk.data_fd, below, ready))
         except BadImage:
             # A damaged blob makes strange archives: say that it is damaged, if it is.
             stream.check_blob()
@@ -109,13 +112,13 @@ def unpack_layer(
         raise from_os_error(error, f"{label}: unpack") from error
 
 
-def _unpack_stream(disk: Disk, stream: LayerStream, number: int, diff_id: str, below: Sequence[str]) -> Unpacked:
+def _unpack_stream(disk: Disk, stream: LayerStream, number: int, diff_id: str, below: Below) -> Unpacked:
     os.mkdir(f"staging/{number}", 0o700, dir_fd=disk.data_fd)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     target = os.open(f"staging/{number}", flags, dir_fd=disk.data_fd)
     try:
         limits = Limits(total_bytes=disk.free_bytes())
-        unpacked = _unpack_recorded(disk, stream, number, target, Below(disk.data_fd, below), limits)
+        unpacked = _unpack_recorded(disk, stream, number, target, below, limits)
     finally:
         os.close(target)
     stream.finish()
@@ -156,6 +159,11 @@ def layer_facts(unpacked: Unpacked) -> tuple[int | str | None, ...]:
     )
 
 
+def _wait_for(layers: Sequence[Future[Unpacked]]) -> None:
+    for layer in layers:
+        layer.result()
+
+
 class _Import:
     def __init__(self, disk: Disk, database: Database, image: ImageSource, progress: Progress | None) -> None:
         self._disk = disk
@@ -165,6 +173,7 @@ class _Import:
         self._chain = digests.chain_ids(image.config.diff_ids)
         self._placed: list[_Placed] = []
         self._numbers: list[int] = []
+        self._given_up = threading.Event()
 
     def stage(self) -> None:
         """Unpack what the store does not have. Lower layers first: upper ones are resolved against them."""
@@ -173,16 +182,37 @@ class _Import:
         self._numbers = list(self._database.next_numbers(len(missing))) if missing else []
         self._image.expect(missing, os.path.join(self._disk.data, "staging"))
         fresh = iter(self._numbers)
+        numbers = [next(fresh) if number is None else number for number in there]
+        kinds = ["staging" if number is None else "layers" for number in there]
+        paths = [f"{kind}/{number}" for kind, number in zip(kinds, numbers, strict=True)]
+        unpacked = dict(zip(missing, self._side_by_side(missing, numbers, paths), strict=True))
         diff_ids = self._image.config.diff_ids
-        for position, (diff_id, number) in enumerate(zip(diff_ids, there, strict=True)):
+        for position, (diff_id, number) in enumerate(zip(diff_ids, numbers, strict=True)):
             parent = self._chain[position - 1] if position else ""
             repeated = diff_id in diff_ids[:position]
-            if number is None:
-                number = next(fresh)
-                unpacked = self._unpack(position, number)
-            else:
-                unpacked = None
-            self._placed.append(_Placed(number, diff_id, parent, unpacked, repeated))
+            self._placed.append(_Placed(number, diff_id, parent, unpacked.get(position), repeated))
+
+    def _side_by_side(self, missing: Sequence[int], numbers: Sequence[int], paths: Sequence[str]) -> list[Unpacked]:
+        """Unpack several layers at once. One that must know what is beneath it waits for those beneath it.
+
+        They are begun lowest first, so that nobody waits for a layer that has not begun. When one fails, the
+        others are given up, and nothing is written any more when the failure is raised: of several, the lowest.
+        """
+        jobs: list[Future[Unpacked]] = []
+        with ThreadPoolExecutor(min(_SIDE_BY_SIDE, os.cpu_count() or 1), "flatmount-unpack") as pool:
+            try:
+                for position in missing:
+                    below, number = paths[:position][::-1], numbers[position]
+                    report, ready = self._reporter(position), partial(_wait_for, tuple(jobs))
+                    job = pool.submit(unpack_layer, self._disk, self._image, position, number, below, report, ready)
+                    jobs.append(job)
+                ended = wait(jobs, return_when=FIRST_EXCEPTION).done
+                return [job.result() for job in jobs if job in ended]
+            except BaseException:
+                self._given_up.set()
+                self._image.give_up()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def _there(self) -> list[int | None]:
         """The number of each layer that the store has."""
@@ -201,16 +231,18 @@ class _Import:
         # own.
         return next((number for (number,) in rows if number not in used), None)
 
-    def _unpack(self, position: int, number: int) -> Unpacked:
-        below = [placed.path for placed in reversed(self._placed)]
-        return unpack_layer(self._disk, self._image, position, number, below, self._reporter(position))
-
-    def _reporter(self, position: int) -> Callable[[int], None] | None:
+    def _reporter(self, position: int) -> Callable[[int], None]:
+        """Called for each piece of a layer: passes the word on, or ends a layer that nobody needs any more."""
         progress, layers = self._progress, self._image.manifest.layers
-        if progress is None:
-            return None
         layer = layers[position]
-        return lambda done: progress(Progressed(position + 1, len(layers), layer.digest, done, layer.size))
+
+        def report(done: int) -> None:
+            if self._given_up.is_set():
+                raise FlatmountError("given up, because another layer cannot be had")
+            if progress is not None:
+                progress(Progressed(position + 1, len(layers), layer.digest, done, layer.size))
+
+        return report
 
     def commit(self, name: str | None) -> None:
         """Make it durable, then visible."""
