@@ -39,7 +39,7 @@ from tests.unit.sysfs_trees import recorded
 
 
 @pytest.fixture
-def vm_bench(tmp_path: Path) -> BenchResult:
+def vm_bench() -> BenchResult:
     slow, fast = Burst("per-layer", 100, 50, 2), Burst("flat", 100, 50, 2)
     bursts = [
         *samples.calibrated(2),
@@ -58,7 +58,7 @@ def vm_bench(tmp_path: Path) -> BenchResult:
         for n in (1, 2)
     ]
     cells = [Cell(0, 1, samples.spread(28), 0, 0)]
-    return samples.bench(recorded("vm", tmp_path / "tree"), locks=locks, bursts=bursts, matrix=cells)
+    return samples.bench(recorded("vm"), locks=locks, bursts=bursts, matrix=cells)
 
 
 def validation_of(bench: BenchResult) -> Validation:
@@ -91,8 +91,8 @@ def test_advice_without_measurements_is_published_or_predicted(vm_bench: BenchRe
     assert predicted[1].evidence is Evidence.PREDICTED and "cliff" in predicted[1].why
 
 
-def test_advice_on_two_sockets_pins_and_talks_of_smt(tmp_path: Path) -> None:
-    bench = samples.two_sockets(tmp_path)
+def test_advice_on_two_sockets_pins_and_talks_of_smt() -> None:
+    bench = samples.two_sockets()
     by_name = {one.name: one for one in advise(Question(), bench.topology, bench, fit(bench))}
     assert by_name["pin"].evidence is Evidence.MEASURED and by_name["pin"].worth_it
     assert "AllowedCPUs=0-23" in by_name["pin"].how[-1]
@@ -111,8 +111,8 @@ def test_overlapping_gains_are_indistinguishable() -> None:
     assert "indistinguishable" in str(Gain(1.01, 0.9, 1.1))
 
 
-def test_machines_are_ranked_by_what_was_measured(vm_bench: BenchResult, tmp_path: Path) -> None:
-    genoa = recorded("genoa", tmp_path / "genoa")
+def test_machines_are_ranked_by_what_was_measured(vm_bench: BenchResult) -> None:
+    genoa = recorded("genoa")
     slow = Burst("per-layer", 100, 50, 2)
     close = samples.bench(genoa, bursts=[samples.burst(slow, 1.48)])
     assert [overlaps for _, _, overlaps in rank([vm_bench, close])] == [False, True]
@@ -213,8 +213,8 @@ def test_the_page_is_whole_and_loads_nothing(vm_bench: BenchResult) -> None:
     assert "health checks time out" in html and "nan" not in html
 
 
-def test_the_page_of_two_sockets_and_of_nothing(tmp_path: Path) -> None:
-    two = samples.two_sockets(tmp_path)
+def test_the_page_of_two_sockets_and_of_nothing() -> None:
+    two = samples.two_sockets()
     html = page(two)
     assert "one level-3 cache, a thread for each core" in html and "socket 1" in html
     assert "<h2>Topology</h2>" in page(samples.bench(two.topology))
