@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,6 +35,7 @@ from flatmount.cpu.validation import Point, Validation, interpolate, load_valida
 from flatmount.errors import UsageError
 from flatmount.report.cpu import page
 from flatmount.report.cpu_text import advice_text, bench_text, figure, validation_text
+from flatmount.store import Store
 from tests.unit import cpu_samples as samples
 from tests.unit.sysfs_trees import recorded
 
@@ -287,6 +289,22 @@ def test_pages_from_the_command_line(vm_bench: BenchResult, tmp_path: Path) -> N
     assert "held out" in out.read_text()
     assert main(["cpu", "topology", "--html", str(out)]) == 0
     assert "What this machine is made of" in out.read_text()
+
+
+def test_layers_come_from_the_stores_images(
+    vm_bench: BenchResult, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = written(vm_bench, tmp_path / "bench.json")
+    Store.open(str(tmp_path / "store"), create=True).close()
+    arguments = ["cpu", "model", "--bench", bench, "--image", "any", "--root", str(tmp_path / "store")]
+    assert main(arguments) == 2
+    assert "no image to take layers from" in capsys.readouterr().err
+    images = tuple(SimpleNamespace(layers=(None,) * layers) for layers in (7, 23))
+    monkeypatch.setattr(Store, "images", lambda store: images)
+    assert main(arguments) == 0
+    assert "L=23" in capsys.readouterr().out
+    assert main([*arguments, "--layers", "9"]) == 0
+    assert "L=9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

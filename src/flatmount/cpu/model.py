@@ -38,6 +38,7 @@ CALIBRATION = (
     Burst("flat", 20, 100, copies=2),
 )
 LEAST_CORES = 4
+_COUNTED = "counted in the strategy's plan"
 _MOST_CONTAINERS = 5000
 _BOUND = math.log(30.0)  # a cost this far from where the fit starts was not found in the data
 
@@ -314,7 +315,14 @@ def fit_figures(figures: Sequence[BurstFigure], bench: BenchResult) -> Model:
         tuple(variants),
         cpus,
         before,
-        (*_cost_parameters(costs, variants), *_transfer_parameters(transfers, per_section, why_not)),
+        (
+            Parameter("N", "processors the bursts ran on", "", Source.MEASURED, cpus, cpus, cpus),
+            Parameter("M0", "mounts before a burst", "", Source.MEASURED, before, before, before),
+            Parameter("K", "mount operations of a container", "", Source.MEASURED, note=_COUNTED),
+            Parameter("1/2", "share of temporary mounts that are live", "", Source.ASSUMED, 0.5),
+            *_cost_parameters(costs, variants),
+            *_transfer_parameters(transfers, per_section, why_not),
+        ),
         tuple(_shapes(figures)),
         transfers,
         per_section,
