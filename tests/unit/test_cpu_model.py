@@ -61,12 +61,12 @@ def test_throughput_has_a_peak_where_waiting_makes_sections_dearer() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("containers", [50, 100, 200])
-def test_the_formula_agrees_with_the_simulated_burst(strategy: str, containers: int) -> None:
-    what = Burst(strategy, containers, 20)
+@pytest.mark.parametrize("copies", [0, 2])
+def test_the_formula_agrees_with_the_simulated_burst(strategy: str, containers: int, copies: int) -> None:
+    what = Burst(strategy, containers, 20, copies)
     simulated = [simulate_burst(samples.COSTS, what, cpus=2, before=samples.BEFORE, seed=seed) for seed in range(8)]
     formula = burst_s(samples.COSTS, what, cpus=2, before=samples.BEFORE)
-    # 50 merged containers are over so soon that the last one's wait shows.
-    assert formula == pytest.approx(sum(simulated) / 8, rel=0.06 if strategy == "flat" else 0.03)
+    assert formula == pytest.approx(sum(simulated) / 8, rel=0.1 if copies else 0.03)
 
 
 def facts() -> HostFacts:
