@@ -152,6 +152,21 @@ def test_a_running_process_is_pinned_with_its_threads() -> None:
         pin_process(daemon.pid, cpus)
 
 
+def test_apply_pins_and_says_how_to_undo_it(capsys: pytest.CaptureFixture[str]) -> None:
+    daemon = subprocess.Popen(["sleep", "30"])
+    try:
+        cpus = sorted(os.sched_getaffinity(0))
+        pid = str(daemon.pid)
+        assert main(["cpu", "advise", "--apply", "--pid", pid, "--placement", str(cpus[0])]) == 0
+        assert os.sched_getaffinity(daemon.pid) == {cpus[0]}
+        undo = capsys.readouterr().out.partition("undo: flatmount ")[2].splitlines()[0].split()
+        assert main(undo) == 0
+        assert os.sched_getaffinity(daemon.pid) == set(cpus)
+    finally:
+        daemon.kill()
+        daemon.wait()
+
+
 def test_published_facts_and_their_verdicts() -> None:
     found = {(f.subject, f.statement.split(":")[0]): f.verdict for f in facts()}
     assert sum(verdict is Verdict.CALIBRATED for verdict in found.values()) == 3

@@ -8,10 +8,12 @@
                            for a copy + C: a container copies when its root, and most others', is attached
 
 X and Y are throughputs of the finite-population chain (flatmount.cpu.chain). The six costs are shared by all
-strategies. What a cache line costs to move from one processor to another comes on top where it was measured: h is multiplied by
+strategies.
+
+What a cache line costs to move from one processor to another comes on top where it was measured: h is multiplied by
 1 + v*(l + b*(k-1)) for k at the lock, with l and b from the lock benchmark at the placement. Below four cores the
 slope b is not fitted, and then l and v are not identified either: the costs hold for the processors they were measured
-on, and no other placement is predicted from them but by its number of processors.
+on, and no other placement is predicted.
 """
 
 from __future__ import annotations
