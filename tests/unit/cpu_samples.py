@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from flatmount._version import VERSION
 from flatmount.cpu.model import CALIBRATION, Costs, Transfer, burst_s, dearer_sections
@@ -58,9 +57,9 @@ def bench(
     )
 
 
-def two_sockets(root: Path) -> BenchResult:
+def two_sockets() -> BenchResult:
     """r5.metal as the model would have it: a section grows with the transfer's cost, dearer over two sockets."""
-    topology = recorded("r5-metal", root)
+    topology = recorded("r5-metal")
     slopes = {"one-l3": (40.0, 2.0), "all": (90.0, 5.0)}
     locks = [
         lock(Kind.TICKET, place, n, base + slope * (n - 1))

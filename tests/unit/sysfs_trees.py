@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
+from functools import cache
 from pathlib import Path
 
 from flatmount.cpu.topology import Topology, parse_list, read_topology
@@ -40,7 +43,10 @@ def _value(expression: str, n: int) -> int:
     return result
 
 
-def recorded(name: str, root: Path) -> Topology:
-    """The topology that is read from that tree."""
-    grow(name, root)
-    return read_topology(str(root))
+@cache
+def recorded(name: str) -> Topology:
+    """The topology that is read from that tree; grown once, in memory where there is a place for that."""
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with tempfile.TemporaryDirectory(dir=memory) as root:
+        grow(name, Path(root))
+        return read_topology(root)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,12 +35,13 @@ from flatmount.cpu.validation import Point, Validation, interpolate, load_valida
 from flatmount.errors import UsageError
 from flatmount.report.cpu import page
 from flatmount.report.cpu_text import advice_text, bench_text, figure, validation_text
+from flatmount.store import Store
 from tests.unit import cpu_samples as samples
 from tests.unit.sysfs_trees import recorded
 
 
 @pytest.fixture
-def vm_bench(tmp_path: Path) -> BenchResult:
+def vm_bench() -> BenchResult:
     slow, fast = Burst("per-layer", 100, 50, 2), Burst("flat", 100, 50, 2)
     bursts = [
         *samples.calibrated(2),
@@ -58,7 +60,7 @@ def vm_bench(tmp_path: Path) -> BenchResult:
         for n in (1, 2)
     ]
     cells = [Cell(0, 1, samples.spread(28), 0, 0)]
-    return samples.bench(recorded("vm", tmp_path / "tree"), locks=locks, bursts=bursts, matrix=cells)
+    return samples.bench(recorded("vm"), locks=locks, bursts=bursts, matrix=cells)
 
 
 def validation_of(bench: BenchResult) -> Validation:
@@ -91,8 +93,8 @@ def test_advice_without_measurements_is_published_or_predicted(vm_bench: BenchRe
     assert predicted[1].evidence is Evidence.PREDICTED and "cliff" in predicted[1].why
 
 
-def test_advice_on_two_sockets_pins_and_talks_of_smt(tmp_path: Path) -> None:
-    bench = samples.two_sockets(tmp_path)
+def test_advice_on_two_sockets_pins_and_talks_of_smt() -> None:
+    bench = samples.two_sockets()
     by_name = {one.name: one for one in advise(Question(), bench.topology, bench, fit(bench))}
     assert by_name["pin"].evidence is Evidence.MEASURED and by_name["pin"].worth_it
     assert "AllowedCPUs=0-23" in by_name["pin"].how[-1]
@@ -111,8 +113,8 @@ def test_overlapping_gains_are_indistinguishable() -> None:
     assert "indistinguishable" in str(Gain(1.01, 0.9, 1.1))
 
 
-def test_machines_are_ranked_by_what_was_measured(vm_bench: BenchResult, tmp_path: Path) -> None:
-    genoa = recorded("genoa", tmp_path / "genoa")
+def test_machines_are_ranked_by_what_was_measured(vm_bench: BenchResult) -> None:
+    genoa = recorded("genoa")
     slow = Burst("per-layer", 100, 50, 2)
     close = samples.bench(genoa, bursts=[samples.burst(slow, 1.48)])
     assert [overlaps for _, _, overlaps in rank([vm_bench, close])] == [False, True]
@@ -148,6 +150,21 @@ def test_a_running_process_is_pinned_with_its_threads() -> None:
         daemon.stdout.close()
     with pytest.raises(UsageError, match="there is no process"):
         pin_process(daemon.pid, cpus)
+
+
+def test_apply_pins_and_says_how_to_undo_it(capsys: pytest.CaptureFixture[str]) -> None:
+    daemon = subprocess.Popen(["sleep", "30"])
+    try:
+        cpus = sorted(os.sched_getaffinity(0))
+        pid = str(daemon.pid)
+        assert main(["cpu", "advise", "--apply", "--pid", pid, "--placement", str(cpus[0])]) == 0
+        assert os.sched_getaffinity(daemon.pid) == {cpus[0]}
+        undo = capsys.readouterr().out.partition("undo: flatmount ")[2].splitlines()[0].split()
+        assert main(undo) == 0
+        assert os.sched_getaffinity(daemon.pid) == set(cpus)
+    finally:
+        daemon.kill()
+        daemon.wait()
 
 
 def test_published_facts_and_their_verdicts() -> None:
@@ -213,8 +230,8 @@ def test_the_page_is_whole_and_loads_nothing(vm_bench: BenchResult) -> None:
     assert "health checks time out" in html and "nan" not in html
 
 
-def test_the_page_of_two_sockets_and_of_nothing(tmp_path: Path) -> None:
-    two = samples.two_sockets(tmp_path)
+def test_the_page_of_two_sockets_and_of_nothing() -> None:
+    two = samples.two_sockets()
     html = page(two)
     assert "one level-3 cache, a thread for each core" in html and "socket 1" in html
     assert "<h2>Topology</h2>" in page(samples.bench(two.topology))
@@ -287,6 +304,22 @@ def test_pages_from_the_command_line(vm_bench: BenchResult, tmp_path: Path) -> N
     assert "held out" in out.read_text()
     assert main(["cpu", "topology", "--html", str(out)]) == 0
     assert "What this machine is made of" in out.read_text()
+
+
+def test_layers_come_from_the_stores_images(
+    vm_bench: BenchResult, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = written(vm_bench, tmp_path / "bench.json")
+    Store.open(str(tmp_path / "store"), create=True).close()
+    arguments = ["cpu", "model", "--bench", bench, "--image", "any", "--root", str(tmp_path / "store")]
+    assert main(arguments) == 2
+    assert "no image to take layers from" in capsys.readouterr().err
+    images = tuple(SimpleNamespace(layers=(None,) * layers) for layers in (7, 23))
+    monkeypatch.setattr(Store, "images", lambda store: images)
+    assert main(arguments) == 0
+    assert "L=23" in capsys.readouterr().out
+    assert main([*arguments, "--layers", "9"]) == 0
+    assert "L=9" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -28,14 +28,14 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shapes_of_recorded_machines(name: str, tmp_path: Path) -> None:
-    found = recorded(name, tmp_path)
+def test_shapes_of_recorded_machines(name: str) -> None:
+    found = recorded(name)
     shape = tuple(map(len, (found.packages, found.nodes, found.l3_domains, found.cores, found.cpus)))
     assert shape == SHAPES[name]
 
 
-def test_core_ids_with_holes_number_cores_without(tmp_path: Path) -> None:
-    found = recorded("r5-metal", tmp_path)
+def test_core_ids_with_holes_number_cores_without() -> None:
+    found = recorded("r5-metal")
     ids = {cpu.core_id for cpu in found.cpus}
     assert max(ids) >= len(ids) and 6 not in ids
     assert sorted({cpu.core for cpu in found.cpus}) == list(range(48))
@@ -44,33 +44,33 @@ def test_core_ids_with_holes_number_cores_without(tmp_path: Path) -> None:
     assert found.cores[found.cpu(0).core] == (0, 48)
 
 
-def test_order_puts_neighbours_beside_each_other(tmp_path: Path) -> None:
-    found = recorded("r5-metal", tmp_path)
+def test_order_puts_neighbours_beside_each_other() -> None:
+    found = recorded("r5-metal")
     order = found.in_order
     assert order[:2] == (0, 1) and set(order[:48]) == set(found.packages[0])
     assert order.index(48) == 24
 
 
-def test_distances_and_nodes_of_sub_numa_clustering(tmp_path: Path) -> None:
-    found = recorded("sapphire-rapids-snc4", tmp_path)
+def test_distances_and_nodes_of_sub_numa_clustering() -> None:
+    found = recorded("sapphire-rapids-snc4")
     assert found.nodes[2].distances == (12, 12, 10, 12)
     assert found.cpu(24).node == 2 and found.cpu(72).node == 2
 
 
-def test_offline_cgroup_and_quota(tmp_path: Path) -> None:
-    found = recorded("graviton", tmp_path)
+def test_offline_cgroup_and_quota() -> None:
+    found = recorded("graviton")
     assert found.offline == (62, 63)
     assert found.allowed == tuple(range(32))
     assert found.quota_cpus == 16.0
     assert any("no level-3 cache is described" in line for line in found.hidden)
 
 
-def test_what_a_hypervisor_hides_is_said(tmp_path: Path) -> None:
-    vm = recorded("vm", tmp_path / "vm")
-    metal = recorded("r5-metal", tmp_path / "metal")
+def test_what_a_hypervisor_hides_is_said() -> None:
+    vm = recorded("vm")
+    metal = recorded("r5-metal")
     assert vm.hypervisor and any("may share a core" in line for line in vm.hidden)
     assert metal.hypervisor is None and metal.hidden == ()
-    assert recorded("genoa", tmp_path / "genoa").hypervisor == "Amazon EC2"
+    assert recorded("genoa").hypervisor == "Amazon EC2"
 
 
 def test_no_sysfs_is_one_line(tmp_path: Path) -> None:
@@ -99,14 +99,14 @@ def test_lists_come_back_as_they_went(numbers: set[int]) -> None:
         ("graviton", {"one-l3": 32}),
     ],
 )
-def test_placements_are_distinct_sets(name: str, expected: dict[str, int], tmp_path: Path) -> None:
-    found = placements(recorded(name, tmp_path))
+def test_placements_are_distinct_sets(name: str, expected: dict[str, int]) -> None:
+    found = placements(recorded(name))
     assert {p.name: len(p.cpus) for p in found} == expected
     assert len({frozenset(p.cpus) for p in found}) == len(found)
 
 
-def test_a_socket_without_siblings_has_a_thread_on_each_core(tmp_path: Path) -> None:
-    found = recorded("r5-metal", tmp_path)
+def test_a_socket_without_siblings_has_a_thread_on_each_core() -> None:
+    found = recorded("r5-metal")
     one_l3 = find_placement("one-l3", found)
     assert one_l3.distinct_cores == len(one_l3.cpus) == 24
     assert find_placement("socket-smt", found).distinct_cores == 24
@@ -123,21 +123,21 @@ def test_an_affinity_mask_of_one_processor(tmp_path: Path) -> None:
     assert any("one processor" in line for line in plan.left_out) and plan.pairs == ()
 
 
-def test_relations_of_pairs(tmp_path: Path) -> None:
-    r5 = recorded("r5-metal", tmp_path / "r5")
+def test_relations_of_pairs() -> None:
+    r5 = recorded("r5-metal")
     assert [relation(r5, 0, other) for other in (48, 1, 24)] == ["sibling", "same L3", "other socket"]
-    assert relation(recorded("genoa", tmp_path / "genoa"), 0, 8) == "same socket"
+    assert relation(recorded("genoa"), 0, 8) == "same socket"
 
 
-def test_an_unknown_placement_names_those_there_are(tmp_path: Path) -> None:
+def test_an_unknown_placement_names_those_there_are() -> None:
     with pytest.raises(UsageError) as caught:
-        find_placement("socket", recorded("vm", tmp_path))
+        find_placement("socket", recorded("vm"))
     assert "one-l3" in caught.value.hint
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_pictures_show_every_processor(name: str, tmp_path: Path) -> None:
-    found = recorded(name, tmp_path)
+def test_pictures_show_every_processor(name: str) -> None:
+    found = recorded(name)
     text, html = topology_text(found), topology_page(found)
     words = set(text.replace("[", " ").replace("]", " ").replace("|", " ").split())
     for cpu in found.cpus:

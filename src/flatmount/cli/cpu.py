@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from flatmount.cli.common import json_option, whole
+from flatmount.cli.common import json_option, open_store, store_root_option, whole
 from flatmount.cpu.advise import CAPS, Question, advise, kubernetes, node_labels, pin_process, rank
 from flatmount.cpu.bench import burst_figure, run_at, run_bench
 from flatmount.cpu.burst import STRATEGIES, apart, stage
@@ -27,6 +27,7 @@ from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
 from flatmount.report import cpu_text
 from flatmount.report.cpu import page, topology_page
 
+ANY_IMAGE = "any"
 _ERROR_GOAL = 0.15
 _MOST_SECONDS = 86_400
 
@@ -141,7 +142,9 @@ def _add_advise(own: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
 
 def _question_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--containers", default="100", metavar="C", help="started together (default: %(default)s)")
-    parser.add_argument("--layers", default="50", metavar="L", help="of the image (default: %(default)s)")
+    parser.add_argument("--layers", metavar="L", help="of the image (default: those of --image, or 50)")
+    parser.add_argument("--image", metavar="IMAGE", help="take the layers of an image of the store, or `any`: the most")
+    store_root_option(parser)
     parser.add_argument("--copies", default="2", metavar="N", help="namespace copies each (default: %(default)s)")
     parser.add_argument("--limit", default="30s", metavar="TIME", help="when a start has failed (default: %(default)s)")
 
@@ -156,11 +159,23 @@ def seconds(text: str, what: str) -> float:
 def _question(args: argparse.Namespace) -> Question:
     return Question(
         whole(args.containers, "--containers", least=1, most=5000),
-        whole(args.layers, "--layers", least=1, most=500),
+        _layers(args),
         whole(args.copies, "--copies", least=0, most=10),
         seconds(args.limit, "--limit"),
         getattr(args, "strategy", "per-layer"),
     )
+
+
+def _layers(args: argparse.Namespace) -> int:
+    if args.layers is not None:
+        return whole(args.layers, "--layers", least=1, most=500)
+    if args.image is None:
+        return 50
+    with open_store(args) as store:
+        images = store.images() if args.image == ANY_IMAGE else (store.image(args.image),)
+    if not images:
+        raise UsageError("the store has no image to take layers from", hint="give --layers")
+    return max(1, *(len(image.layers) for image in images))
 
 
 def _print(schema: str, facts_: dict[str, Any]) -> None:

@@ -1,17 +1,19 @@
 """What a burst costs, from six measured ones: the model that fits in a README.
 
-    time of a burst        T(C) = C * K / X(min(C, processors))
-    mount operations       K = 2(1+2L) + 1 per layer, 7 with a common parent, 1 merged; a namespace copy is one more
-    between two sections   (c + o*lowers + n*copies) / K                      on a processor of the container's own
-    in a section           h0 + h1*M, a copy n1*M                             one at a time
+    time of a burst        T(C) = C * (K/X + copies/Y), with X and Y for min(C, processors) customers
+    mount operations       K = 2(1+2L) + 1 per layer, 7 with a common parent, 1 merged
+    between two sections   (c + o*lowers) / K, for a copy n0       on a processor of the container's own
+    in a section           h0 + h1*M, for a copy n1*M              one at a time
     live mounts            M = mounts before + containers at once * L/2 (per layer; 1/2 with a common parent) + C/2
                            for a copy + C: a container copies when its root, and most others', is attached
 
-X is the throughput of the finite-population chain (flatmount.cpu.chain). The six costs are shared by all strategies.
+X and Y are throughputs of the finite-population chain (flatmount.cpu.chain). The six costs are shared by all
+strategies.
+
 What a cache line costs to move from one processor to another comes on top where it was measured: h is multiplied by
 1 + v*(l + b*(k-1)) for k at the lock, with l and b from the lock benchmark at the placement. Below four cores the
 slope b is not fitted, and then l and v are not identified either: the costs hold for the processors they were measured
-on, and no other placement is predicted from them but by its number of processors.
+on, and no other placement is predicted.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ CALIBRATION = (
     Burst("flat", 20, 100, copies=2),
 )
 LEAST_CORES = 4
+_COUNTED = "counted in the strategy's plan"
 _MOST_CONTAINERS = 5000
 _BOUND = math.log(30.0)  # a cost this far from where the fit starts was not found in the data
 
@@ -147,16 +150,20 @@ def burst_s(costs: Costs, burst: Burst, *, cpus: int, before: float, dearer: Seq
     mounts, copied = live_mounts(burst, before)
     if burst.template:
         copied = 1.0
-    steps = work.operations + burst.copies
-    parallel_s = costs.container_s + costs.lower_s * work.lowers + costs.copy_s * burst.copies
-    serial_s = work.operations * (costs.operation_s + costs.operation_mount_s * mounts)
-    serial_s += burst.copies * costs.copy_mount_s * copied
     customers = max(1, min(burst.admit or burst.containers, burst.containers, cpus))
 
-    def section_s(k: int) -> float:
-        return serial_s / steps * (dearer[k - 1] if k <= len(dearer) else 1.0)
+    def each_s(steps: int, own_s: float, section_s: float) -> float:
+        """So many sections of one container, with work of its own between them."""
 
-    return burst.containers * steps / throughput(customers, parallel_s / steps, section_s)
+        def at_lock(k: int) -> float:
+            return section_s * (dearer[k - 1] if k <= len(dearer) else 1.0)
+
+        return steps / throughput(customers, own_s / steps, at_lock) if steps else 0.0
+
+    own_s = costs.container_s + costs.lower_s * work.lowers
+    assembling_s = each_s(work.operations, own_s, costs.operation_s + costs.operation_mount_s * mounts)
+    copying_s = each_s(burst.copies, costs.copy_s * burst.copies, costs.copy_mount_s * copied)
+    return burst.containers * (assembling_s + copying_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,7 +321,14 @@ def fit_figures(figures: Sequence[BurstFigure], bench: BenchResult) -> Model:
         tuple(variants),
         cpus,
         before,
-        (*_cost_parameters(costs, variants), *_transfer_parameters(transfers, per_section, why_not)),
+        (
+            Parameter("N", "processors the bursts ran on", "", Source.MEASURED, cpus, cpus, cpus),
+            Parameter("M0", "mounts before a burst", "", Source.MEASURED, before, before, before),
+            Parameter("K", "mount operations of a container", "", Source.MEASURED, note=_COUNTED),
+            Parameter("1/2", "share of temporary mounts that are live", "", Source.ASSUMED, 0.5),
+            *_cost_parameters(costs, variants),
+            *_transfer_parameters(transfers, per_section, why_not),
+        ),
         tuple(_shapes(figures)),
         transfers,
         per_section,

@@ -245,7 +245,7 @@ def _model(validation: Validation | None) -> str:
     )
     named = [(_MEASURED, "held out"), (_CALIBRATED, "calibrated"), (_PREDICTED, "exactly right")]
     parameters = [
-        [p.name, p.meaning, figure(p.value) if p.value is not None else "not identified", p.unit, p.source.value]
+        [p.name, p.meaning, figure(p.value) if p.value is not None else "-", p.unit, p.source.value]
         for p in validation.model.parameters
     ]
     heads = ["burst", "measured, ms", "predicted", "error"]

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from flatmount.cpu.advise import Advice
-from flatmount.cpu.model import Model, Parameter, Prediction
+from flatmount.cpu.model import Model, Parameter, Prediction, Source
 from flatmount.cpu.noise import Disturbance
 from flatmount.cpu.published import Fact
 from flatmount.cpu.results import TOO_FEW, BenchResult, BurstFigure, Comparison, Spread
@@ -159,13 +159,14 @@ def model_text(model: Model, predictions: Sequence[Prediction], limit_s: float, 
         table(["burst", "s", "range", f"later than {limit_s:g} s"], map(_prediction_row, predictions)),
         "\n".join(f"cliff, {name}: {said}" for name, said in cliffs.items()),
     ]
-    notes = sorted({p.note for p in model.parameters if p.note})
+    notes = sorted({p.note for p in model.parameters if p.note and p.source is Source.UNKNOWN})
     return "\n\n".join([*parts, *(_wrapped(f"not identified: {note}") for note in notes)])
 
 
 def _parameter_row(p: Parameter) -> Sequence[str]:
     ranged = f"{figure(p.low)}-{figure(p.high)}" if p.low is not None and p.high is not None else ""
-    return [p.name, p.meaning, figure(p.value) if p.value is not None else "-", ranged, p.unit, p.source.value]
+    value = figure(p.value) if p.value is not None else "-" if p.source is Source.UNKNOWN else "counted"
+    return [p.name, p.meaning, value, ranged, p.unit, p.source.value]
 
 
 def _prediction_row(p: Prediction) -> Sequence[str]:
