@@ -28,6 +28,7 @@ _VERBS = (
     "stop",
     "remove",
     "storm",
+    "trace",
     "cpu",
 )
 
