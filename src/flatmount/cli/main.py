@@ -29,6 +29,7 @@ _VERBS = (
     "remove",
     "storm",
     "trace",
+    "leaks",
     "cpu",
 )
 

@@ -111,24 +111,14 @@ def _containerd(work: str, image: Callable[[int], str]) -> Iterator[Tracer]:
 def _podman(work: str, image: Callable[[int], str]) -> Iterator[Tracer]:
     podman = _program("podman")
     own = [podman, "--root", f"{work}/root", "--runroot", f"{work}/run", "--storage-driver", "overlay"]
+    # Its own defaults ask for more than root without CAP_SYS_RESOURCE may give.
+    limits = ("--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024")
     own += ["--cgroup-manager", "cgroupfs", "--events-backend", "none"]
 
     def one(layers: int) -> TraceRun:
         _call(*own, "pull", "-q", f"oci:{image(layers)}")
         listed = _call(*own, "images", "-q", "--no-trunc").split()
-        command = (
-            *own,
-            "run",
-            "--rm",
-            "--network",
-            "none",
-            "--ulimit",
-            "nofile=1024:1024",
-            "--ulimit",
-            "nproc=1024:1024",
-            listed[0],
-            PROGRAM,
-        )
+        command = (*own, "run", "--rm", "--network", "none", *limits, listed[0], PROGRAM)
         run = trace(command, subject="podman", layers=layers, quiet=True)
         _call(*own, "rmi", "-f", listed[0])
         return run
