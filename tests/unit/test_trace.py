@@ -71,10 +71,10 @@ def test_a_runtime_is_counted_by_process_effect_and_success() -> None:
     (process,) = tally(RUNC).processes()
     assert (process.process, process.command) == (101, "runc")
     assert process.calls == (
-        CallCount("unshare", Effect.COPY, 1, 0, 100.0),
-        CallCount("mount", Effect.CHANGE, 1, 0, 10.0),
-        CallCount("mount", Effect.ATTACH, 1, 0, 20.0),
-        CallCount("umount", Effect.DETACH, 0, 1, 10.0),
+        CallCount("unshare", Effect.COPY, 1, 0, 100.0, 100.0),
+        CallCount("mount", Effect.CHANGE, 1, 0, 10.0, 10.0),
+        CallCount("mount", Effect.ATTACH, 1, 0, 20.0, 20.0),
+        CallCount("umount", Effect.DETACH, 0, 1, 10.0, 10.0),
     )
 
 
@@ -90,7 +90,7 @@ def test_clone3_copies_are_seen_by_the_new_task() -> None:
     line = "sh-5 (5) [000] 1.000000: task_newtask: pid=6 comm=sh clone_flags=20000 oom_score_adj=0"
     counted = tally(line)
     assert counted.copies == 1
-    assert counted.processes()[0].calls == (CallCount("clone", Effect.COPY, 1, 0, 0.0),)
+    assert counted.processes()[0].calls == (CallCount("clone", Effect.COPY, 1, 0, 0.0, 0.0),)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_effects_follow_from_flags(name: str, arguments: dict[str, int], effect:
 
 
 def run(subject: str, layers: int | None, operations: int, **facts: object) -> TraceRun:
-    calls = (CallCount("mount", Effect.ATTACH, operations, 0, 1.0),)
+    calls = (CallCount("mount", Effect.ATTACH, operations, 0, 1.0, 1.0),)
     values: dict[str, object] = {
         "subject": subject,
         "layers": layers,

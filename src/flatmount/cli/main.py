@@ -31,6 +31,7 @@ _VERBS = (
     "storm",
     "trace",
     "leaks",
+    "profile",
     "cpu",
 )
 

@@ -41,6 +41,7 @@ class _Count:
     done: int = 0
     failed: int = 0
     total_ns: int = 0
+    longest_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -77,13 +78,28 @@ class Tally:
                 process,
                 self._called_as[process],
                 tuple(
-                    CallCount(call, effect, count.done, count.failed, round(count.total_ns / 1e3, 1))
+                    CallCount(
+                        call,
+                        effect,
+                        count.done,
+                        count.failed,
+                        _us(count.total_ns),
+                        _us(count.longest_ns),
+                    )
                     for (call, effect), count in counts.items()
                 ),
             )
             for process, counts in self._counts.items()
             if process not in self.ignored
         )
+
+    def descendants(self, root: int) -> frozenset[int]:
+        """Every task that descends from `root`, and itself, as far as it was started while events were taken."""
+        family = {root}
+        # A parent's number is no smaller or larger than its child's: it may have been used again. So until none is new.
+        while new := {task for task, parent in self._parents.items() if parent in family} - family:
+            family |= new
+        return frozenset(family)
 
     def _call(self, event: Event, name: str) -> None:
         returned = event.returned
@@ -121,6 +137,7 @@ class Tally:
         count.done += done
         count.failed += not done
         count.total_ns += took_ns
+        count.longest_ns = max(count.longest_ns, took_ns)
 
     def _copied(self, task: int) -> None:
         # The task itself is in the copy by now, and may have taken its mounts off already (a runtime does).
@@ -132,6 +149,10 @@ class Tally:
                 self.table_lengths.append(length)
                 return
             ancestor = self._parents.get(ancestor)
+
+
+def _us(nanoseconds: int) -> float:
+    return round(nanoseconds / 1e3, 1)
 
 
 def _process(event: Event) -> int:

@@ -22,13 +22,14 @@ _STRAIGHT_WITHIN = 0.05  # of the largest count
 
 @dataclass(frozen=True, slots=True)
 class CallCount:
-    """One system call with one effect: how often it succeeded and failed, and microseconds it took in all."""
+    """One system call with one effect: how often it succeeded and failed, microseconds in all and of the longest."""
 
     call: str
     effect: Effect
     done: int
     failed: int
     total_us: float
+    longest_us: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,10 @@ class TraceInstance:
             return False
         return True
 
+    def has(self, event: str) -> bool:
+        """Whether this kernel has `group/name`."""
+        return os.path.isdir(f"{self._directory}/events/{event}")
+
     def follow(self, threads: Iterable[int]) -> None:
         """Keep only events of these threads, and of threads and processes that they start from now on."""
         self._write("set_event_pid", " ".join(map(str, threads)))
