@@ -32,6 +32,7 @@ _VERBS = (
     "trace",
     "leaks",
     "profile",
+    "watch",
     "cpu",
 )
 

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
         return _diff(words[1:], args.json)
     if words and words[0] != "--":
         raise UsageError(f"profile does not know {words[0]!r}", hint="flatmount profile -- COMMAND")
-    seconds = _seconds(args.period) if args.period else None
+    seconds = seconds_of(args.period, "--for") if args.period else None
     for path in (args.html, args.save, args.speedscope):
         if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise UsageError(f"{path}: its directory does not exist", hint="make it first")
@@ -148,8 +148,9 @@ def _read(path: str) -> Profile:
         raise UsageError(f"{path}: {error.strerror}", hint="give a file that `profile --save` wrote") from error
 
 
-def _seconds(text: str) -> float:
+def seconds_of(text: str, option: str) -> float:
+    """The seconds that `30s`, `2m` or `1.5` mean. Raises: UsageError naming the option."""
     number, unit = (text[:-1], text[-1]) if text[-1:] in ("s", "m") else (text, "s")
     if not number.replace(".", "", 1).isdigit() or not 0.1 <= float(number) * (60 if unit == "m" else 1) <= 3600:
-        raise UsageError(f"--for {text!r} is not a time from 0.1s to 60m", hint="write 30s or 2m")
+        raise UsageError(f"{option} {text!r} is not a time from 0.1s to 60m", hint="write 30s or 2m")
     return float(number) * (60 if unit == "m" else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from flatmount.observe.mount_calls import CALLS
@@ -46,7 +47,7 @@ class Calls:
         return counts
 
 
-def watch_calls(instance: TraceInstance) -> None:
-    """Switch on the events that `Calls` reads, for every process of the machine."""
-    for call in _EVENTS:
+def watch_calls(instance: TraceInstance, *, only: Collection[str] = _EVENTS) -> None:
+    """Switch on the events that `Calls` reads (or `only` some), for every process of the machine."""
+    for call in only:
         instance.enable(f"syscalls/sys_enter_{call}")

@@ -68,7 +68,7 @@ class TraceInstance:
         """
         try:
             if condition:
-                self._write(f"events/{event}/filter", condition)
+                self.filter(event, condition)
             self._write(f"events/{event}/enable", "1")
         except OSError:
             self.missing.append(event)
@@ -78,6 +78,14 @@ class TraceInstance:
     def has(self, event: str) -> bool:
         """Whether this kernel has `group/name`."""
         return os.path.isdir(f"{self._directory}/events/{event}")
+
+    def filter(self, event: str, condition: str) -> None:
+        """Record `group/name` only where the condition is met; "0" for always. Raises: OSError."""
+        self._write(f"events/{event}/filter", condition)
+
+    def disable(self, event: str) -> None:
+        """Switch `group/name` off."""
+        self._write(f"events/{event}/enable", "0")
 
     def follow(self, threads: Iterable[int]) -> None:
         """Keep only events of these threads, and of threads and processes that they start from now on."""
@@ -104,6 +112,20 @@ class TraceInstance:
     def open_pipe(self) -> int:
         """A descriptor of `trace_pipe` that does not block; the caller's, to be closed before the instance."""
         return os.open(f"{self._directory}/trace_pipe", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def read_lines(self, pipe: int, rest: bytes) -> tuple[list[str], bytes]:
+        """Whole lines that wait in a pipe of this instance, and what is left of the last one; `rest` is from before."""
+        chunks = [rest]
+        while True:
+            try:
+                chunk = os.read(pipe, _READ_BYTES)
+            except BlockingIOError:
+                break
+            if not chunk:
+                break
+            chunks.append(chunk)
+        *lines, rest = b"".join(chunks).split(b"\n")
+        return [line.decode(errors="replace") for line in lines], rest
 
     def close(self) -> None:
         """Remove the instance. Closing twice is fine."""
