@@ -14,6 +14,7 @@ from flatmount.errors import EXIT_FAILED, EXIT_USAGE, FlatmountError, from_os_er
 
 # In the order in which `--help` shows them: look first, then images, then mounts, then measuring.
 _VERBS = (
+    "doctor",
     "probe",
     "image",
     "store",
@@ -29,6 +30,10 @@ _VERBS = (
     "remove",
     "logs",
     "storm",
+    "trace",
+    "leaks",
+    "profile",
+    "watch",
     "cpu",
 )
 
