@@ -47,9 +47,8 @@ def _run(args: argparse.Namespace) -> int:
                 print(f"flatmount: {told}", file=sys.stderr)
             recovered(store)
         images = store.unused_images()
-        uppers = [
-            upper for upper in idle_uppers(store, records, containers) if upper.why is not Why.KEPT or args.uppers
-        ]
+        found = idle_uppers(store, records, _containers)
+        uppers = [upper for upper in found if upper.why is not Why.KEPT or args.uppers]
         facts = _act(store, records, uppers) if args.yes else _plan(store, images, uppers)
     facts |= {
         "images": [image.digest for image in images],
