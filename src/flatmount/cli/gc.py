@@ -7,10 +7,12 @@ import sys
 from typing import Any
 
 from flatmount.cli.common import open_store, print_json, run_directory, size, store_options
+from flatmount.cli.containers import recovered
 from flatmount.errors import EXIT_FINE
 from flatmount.rootfs.collecting import IdleUpper, Why, idle_uppers, remove_uppers
 from flatmount.rootfs.mounting import recover
 from flatmount.rootfs.records import Records
+from flatmount.runtime.records import Containers
 from flatmount.store import Store, StoredImage
 
 _EXAMPLES = """examples:
@@ -43,8 +45,10 @@ def _run(args: argparse.Namespace) -> int:
         if args.yes:
             for told in recover(run, store):
                 print(f"flatmount: {told}", file=sys.stderr)
+            recovered(store)
         images = store.unused_images()
-        uppers = [upper for upper in idle_uppers(store, records) if upper.why is not Why.KEPT or args.uppers]
+        found = idle_uppers(store, records, _containers)
+        uppers = [upper for upper in found if upper.why is not Why.KEPT or args.uppers]
         facts = _act(store, records, uppers) if args.yes else _plan(store, images, uppers)
     facts |= {
         "images": [image.digest for image in images],
@@ -69,9 +73,13 @@ def _plan(store: Store, images: tuple[StoredImage, ...], uppers: list[IdleUpper]
     }
 
 
+def _containers() -> tuple[str, ...]:
+    return tuple(container.id for container in Containers(run_directory()).all())
+
+
 def _act(store: Store, records: Records, uppers: list[IdleUpper]) -> dict[str, Any]:
     removed = store.collect()
-    entries, size_bytes = remove_uppers(store, records, uppers)
+    entries, size_bytes = remove_uppers(store, records, uppers, _containers)
     return {
         "done": True,
         "layers": removed.layers,

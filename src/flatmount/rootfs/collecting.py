@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -17,6 +17,9 @@ from flatmount.rootfs.records import Records
 from flatmount.store import Store
 
 _UPPERDIR = re.compile(r"(?:^|,)upperdir=((?:[^,\\]|\\.)*)")
+
+
+Names = Callable[[], Iterable[str]]
 
 
 class Why(Enum):
@@ -37,27 +40,30 @@ class IdleUpper:
     size_bytes: int
 
 
-def idle_uppers(store: Store, records: Records) -> tuple[IdleUpper, ...]:
+def idle_uppers(store: Store, records: Records, containers: Names = tuple) -> tuple[IdleUpper, ...]:
     """Uppers that are not in use: no record of a mount, no lease, and no overlay in any mount namespace has them.
 
-    Mount namespaces are seen through the processes in /proc.
+    `containers` gives the names of containers, whose uppers are called the same; asked after the uppers are listed, as
+    a container has its record first. Mount namespaces are seen through the processes in /proc.
     """
     place = os.path.join(store.data, "uppers")
     names = sorted(os.listdir(place))
     if not names:
         return ()
-    used = {record.upper for record in records.all() if record.root == store.root}
+    used = {record.upper for record in records.all() if record.root == store.root} | set(containers())
     used |= {held.holder.partition(":")[2] for held in store.holders()} | mounted_uppers()
     return tuple(_idle(place, name) for name in names if name not in used)
 
 
-def remove_uppers(store: Store, records: Records, uppers: Iterable[IdleUpper]) -> tuple[int, int]:
+def remove_uppers(
+    store: Store, records: Records, uppers: Iterable[IdleUpper], containers: Names = tuple
+) -> tuple[int, int]:
     """Remove those of `uppers` that are still idle; returns entries and bytes. Never through a mount.
 
     Raises: FlatmountError where one cannot be removed; it is out of sight then, and the next command tries again.
     """
     entries = size_bytes = 0
-    still = {upper.name for upper in idle_uppers(store, records)}
+    still = {upper.name for upper in idle_uppers(store, records, containers)}
     trash = os.path.join(store.data, "trash")
     for upper in uppers:
         if upper.name not in still:

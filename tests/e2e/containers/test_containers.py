@@ -262,6 +262,17 @@ def test_a_name_is_taken_until_it_is_removed(line: CommandLine) -> None:
     line("run", "--rm", "--name", name, "tiny", "true")
 
 
+def test_the_collector_leaves_what_containers_have(line: CommandLine) -> None:
+    ended, lives = new_name(), new_name()
+    line("run", "--name", ended, "tiny", "sh", "-c", "echo kept > /kept")
+    line("run", "-d", "--name", lives, "tiny", "sleep", "100")
+    uppers = set(os.listdir(line.root / "v1/data/uppers"))
+    assert uppers == {ended, lives}
+    line("gc", "--yes", "--uppers")
+    assert set(os.listdir(line.root / "v1/data/uppers")) == uppers
+    assert (line.root / "v1/data/uppers" / ended / "fs/kept").read_text() == "kept\n"
+
+
 def children_of(pid: int) -> list[int]:
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
