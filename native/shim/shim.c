@@ -291,6 +291,10 @@ static void runtime_ended(struct shim *shim, int status)
 	shim->container = read_pid(shim);
 	if (shim->container <= 0)
 		fail(shim, "read the container's pid", EPROTO);
+	/* One that the runtime itself waited for, or gave to somebody else, would be waited for in vain. */
+	siginfo_t unused;
+	if (waitid(P_PID, (id_t)shim->container, &unused, WEXITED | WNOHANG | WNOWAIT) < 0)
+		fail(shim, "wait for the container", errno);
 	tell(shim, "started", shim->container, "");
 	if (shim->pending_signal)
 		kill(shim->container, shim->pending_signal);
