@@ -40,7 +40,7 @@ def run() -> None:
 
 def _layers(ram: str) -> None:
     names = (OWN, HOST)
-    options = ("--containers", "15", "--concurrency", "1", "--engine", ",".join(names))
+    options = ("--containers", "15", "--concurrency", "1", "--no-probe", "--engine", ",".join(names))
     seen: dict[tuple[str, int], list[float]] = {}
     for _ in range(ROUNDS):
         for layers in (5, 500):
@@ -52,7 +52,17 @@ def _layers(ram: str) -> None:
 
 def _mounts(ram: str, layout: str) -> None:
     names = (OWN, HOST, CONTAINERD)
-    options = ("--containers", "15", "--concurrency", "1", "--engine", ",".join(names), "--layout", layout)
+    options = (
+        "--containers",
+        "15",
+        "--concurrency",
+        "1",
+        "--no-probe",
+        "--engine",
+        ",".join(names),
+        "--layout",
+        layout,
+    )
     seen: dict[tuple[str, int], list[float]] = {}
     for _ in range(ROUNDS):
         for mounts in (0, 10000):
@@ -68,7 +78,7 @@ def _mounts(ram: str, layout: str) -> None:
 
 def _held(ram: str, layout: str) -> None:
     names = (OWN, HOST, CONTAINERD)
-    options = ("--containers", "20", "--concurrency", "1", "--waves", "15", "--hold", "--layout", layout)
+    options = ("--containers", "20", "--concurrency", "1", "--no-probe", "--waves", "15", "--hold", "--layout", layout)
     first: dict[str, list[float]] = {}
     last: dict[str, list[float]] = {}
     for _ in range(2):

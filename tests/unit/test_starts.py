@@ -41,7 +41,7 @@ def wave(engine: str, number: int, running: int, p50: float) -> WaveResult:
 
 
 def test_a_report_has_a_line_for_each_engine_and_wave_and_names_what_was_left_out() -> None:
-    settings = StartSettings(("flatmount", "podman"), 1, 1, 2, 1, True, 0, 30.0, False, "/store")
+    settings = StartSettings(("flatmount", "podman"), 1, 1, 2, 1, True, 0, 30.0, False, True, "/store")
     report = StartsReport(
         "2026-01-31T12:00:00Z",
         HostFacts("6", "x86_64", "c", 2, 1, "3", "0"),

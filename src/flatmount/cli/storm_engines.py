@@ -33,15 +33,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--waves", metavar="W", help="with --engine: so many times --containers (default: 1)")
     parser.add_argument("--hold", action="store_true", help="with --engine: keep them running while later waves start")
+    parser.add_argument("--no-probe", action="store_true", help="with --engine: no health check beside the containers")
     parser.add_argument("--layout", metavar="DIR", help="the image as an OCI layout, for containerd and podman")
     parser.add_argument("--containerd", metavar="DIR", help="other binaries of containerd than those on PATH")
 
 
 def refuse_engine_options(args: argparse.Namespace) -> None:
     """Options that say something about real containers, where there are none. Raises: UsageError."""
-    for name in ("waves", "hold", "layout", "containerd"):
+    for name in ("waves", "hold", "no_probe", "layout", "containerd"):
         if getattr(args, name):
-            raise UsageError(f"--{name} is about real containers", hint=f"--engine, of {', '.join(NAMES)}")
+            raise UsageError(
+                f"--{name.replace('_', '-')} is about real containers", hint=f"--engine, of {', '.join(NAMES)}"
+            )
 
 
 def run_engines(
@@ -63,6 +66,7 @@ def run_engines(
         background=whole(args.background, "--background", least=0, most=90000),
         timeout_s=float(whole(args.timeout, "--timeout", least=1, most=3600)),
         on_host=args.on_host,
+        probe=not args.no_probe,
         store=os.path.abspath(args.root),
     )
     require_root("storm")

@@ -82,7 +82,7 @@ def run_starts(
             except (MissingFeature, UsageError) as missing:
                 skipped.append(Skipped(name, missing.line()))
             stop.check()
-        probe = stack.enter_context(HealthProbe())
+        probe = stack.enter_context(HealthProbe()) if settings.probe else None
         waves: list[WaveResult] = []
         for repeat in range(settings.repeats):
             for name in rotated(tuple(engines), repeat) if engines else ():
@@ -135,7 +135,7 @@ def _engine_waves(
     repeat: int,
     settings: StartSettings,
     arrivals: Arrivals,
-    probe: HealthProbe,
+    probe: HealthProbe | None,
     stop: Stop,
     progress: Progress,
 ) -> list[WaveResult]:
@@ -152,11 +152,9 @@ def _engine_waves(
             before = mount_count()
             wave = _one_wave(engine, asks, held, settings, arrivals, stop)
             standing = mount_count()
-            window = probe.between(wave.begun_ns, wave.ended_ns)
+            rounds = probe.between(wave.begun_ns, wave.ended_ns).rounds if probe is not None else ()
             undone = None if settings.hold else _undo(engine, held, settings.concurrency)
-            results.append(
-                _result(name, repeat, number, running, wave, settings, window.rounds, before, standing, undone)
-            )
+            results.append(_result(name, repeat, number, running, wave, settings, rounds, before, standing, undone))
             stop.check()
     finally:
         progress(f"{name}: undoing")
