@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -68,7 +67,7 @@ def _watched(on: bool) -> Iterator[None]:
         assert watch.stdout
         watch.stdout.readline()
         yield
-        watch.send_signal(signal.SIGINT)
+        watch.terminate()
         watch.communicate()
 
 
