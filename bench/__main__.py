@@ -8,7 +8,7 @@ import sys
 
 from bench.measure import machine
 
-SECTIONS = ("assemble", "storms", "unpack", "starts", "ways")
+SECTIONS = ("assemble", "storms", "unpack", "starts", "ways", "looking")
 
 
 def main() -> int:

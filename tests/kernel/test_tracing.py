@@ -86,6 +86,20 @@ def test_ours_by_strategy_constant_or_growing(ram: Path) -> None:
             assert run.operations == run.attached + run.detached
 
 
+def test_a_watcher_of_the_hosts_table_sees_nothing_of_a_private_container() -> None:
+    # Not below pytest's own directory: a runtime in a user namespace has to be able to walk there.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "place", "/mnt"], check=True)
+    try:
+        runs, absent = trace_engines(("flatmount:run", "flatmount:run-host"), (3,), "/mnt", lambda text: None)
+    finally:
+        subprocess.run(["umount", "/mnt"], check=True)
+    assert absent == ()
+    private, host = runs
+    assert (private.attached, private.detached) == (0, 0)
+    # The container's own mount and its undoing; runc before 1.2 adds itself for a moment.
+    assert host.attached == host.detached and host.attached in (1, 2)
+
+
 def test_engines_that_are_not_here_are_named(ram: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     runs, absent = trace_engines(("containerd", "podman", "runc"), (2,), str(ram), lambda text: None)

@@ -107,7 +107,8 @@ def test_idle_processors_are_no_sample(samples: Samples) -> None:
 
 def test_stacks_are_folded_root_first() -> None:
     assert (
-        folded("a;b", ("leaf.isra.0", "caller", "do_syscall_64", "entry_SYSCALL_64_after_hwframe")) == "a:b;caller;leaf"
+        folded("a;b", ("__traceiter_x", "leaf.isra.0", "caller", "do_syscall_64", "entry_SYSCALL_64_after_hwframe"))
+        == "a:b;caller;leaf"
     )
     assert folded("x", ()) == "x;[user]"
 

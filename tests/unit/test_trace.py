@@ -136,7 +136,7 @@ def test_constant_and_growing_engines_are_told_apart_in_words() -> None:
     growing, constant = fits(runs)
     assert growing.grows and growing.straight
     assert (round(growing.base), round(growing.per_layer, 2)) == (73, 4.0)
-    assert growing.sentence() == "a grows with layers: 73 + 4.00 × layers = mount operations for a container"
+    assert growing.sentence() == "a grows with layers: 73 mount operations for a container and 4.00 more for each layer"
     assert constant.sentence() == "b is constant: 57 mount operations for a container, whatever its layers"
 
 

@@ -32,6 +32,7 @@ _VERBS = (
     "storm",
     "trace",
     "leaks",
+    "report",
     "profile",
     "watch",
     "cpu",

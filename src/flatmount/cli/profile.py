@@ -63,6 +63,7 @@ def _run(args: argparse.Namespace) -> int:
         if path is not None and not os.path.isdir(os.path.dirname(os.path.abspath(path))):
             raise UsageError(f"{path}: its directory does not exist", hint="make it first")
     require_root("profile")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     profile = _record(words[1:], seconds)
     _write(profile, args)
     return profile.exit_code or EXIT_FINE

@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -63,6 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.textfile and not os.path.isdir(os.path.dirname(os.path.abspath(args.textfile))):
         raise UsageError(f"{args.textfile}: its directory does not exist", hint="make it first")
     latest, screen = _Latest(), Screen()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a service manager ends us so; nothing may be left
     quiet = bool(args.prometheus or args.textfile) and not args.jsonl
     with _served(address, latest), Watch(locks=not args.no_locks) as watch:
         due = time.monotonic()

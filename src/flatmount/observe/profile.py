@@ -26,6 +26,7 @@ from flatmount.storm.host import now_utc, this_host
 
 _MOMENT_S = 0.1
 _MOST_STACKS = 5000
+_TRACING = ("__traceiter_", "trace_event_", "__probestub_", "perf_trace_")  # the recorder's own frames
 _ROOTS = ("entry_SYSCALL_64_after_hwframe", "do_syscall_64", "x64_sys_call", "ret_from_fork_asm", "ret_from_fork")
 
 
@@ -183,7 +184,7 @@ class Recorder:
 
 def folded(name: str, stack: Sequence[str]) -> str:
     """A stack as flame graph tools take it: root first, joined by `;`, the process in front."""
-    frames = [normal(frame) for frame in reversed(stack)]
+    frames = [normal(frame) for frame in reversed(stack) if not frame.startswith(_TRACING)]
     while frames and frames[0] in _ROOTS:
         frames.pop(0)
     return ";".join((name.replace(";", ":"), *(frame.replace(";", ":") for frame in frames or ["[user]"])))

@@ -22,6 +22,7 @@ from flatmount.strategies import STRATEGIES
 _OURS = "flatmount"
 _START_S = 20.0
 _COMMAND_S = 300.0
+_POOL = "1048576:16777216"
 
 Tracer = Callable[[int], TraceRun]  # layers -> one container's life
 
@@ -67,7 +68,7 @@ def trace_engines(
     for number, name in enumerate(names):
         work = f"{place}/{number}"
         os.mkdir(work, 0o711)
-        engine = _ENGINES.get(name) or Engine(name, _flatmount(name, name.partition(":")[2]))
+        engine = _ENGINES.get(name) or Engine(name, _flatmount(name.partition(":")[2]))
         try:
             with engine.open(work, image) as one:
                 for count in layers:
@@ -153,7 +154,7 @@ def _runc(work: str, image: Callable[[int], str]) -> Iterator[Tracer]:
     yield one
 
 
-def _flatmount(subject: str, strategy: str) -> Callable[[str, Callable[[int], str]], AbstractContextManager[Tracer]]:
+def _flatmount(strategy: str) -> Callable[[str, Callable[[int], str]], AbstractContextManager[Tracer]]:
     """Ours: a root file system from its assembly to its undoing, what is shared by all containers made before."""
 
     @contextmanager
@@ -186,11 +187,34 @@ def _flatmount(subject: str, strategy: str) -> Callable[[str, Callable[[int], st
     return opened
 
 
+def _flatmount_run(attach: str) -> Callable[[str, Callable[[int], str]], AbstractContextManager[Tracer]]:
+    """Ours as a person calls it: a container by `flatmount run`, with what the command itself tries and mounts."""
+
+    @contextmanager
+    def opened(work: str, image: Callable[[int], str]) -> Iterator[Tracer]:
+        root, subject = f"{work}/store", f"{_OURS} run --attach {attach}"
+        own = ["env", f"FLATMOUNT_RUN={work}/run", sys.executable, "-P", "-m", "flatmount", "run", "--rm"]
+        own += ["--attach", attach, "--root", root, "--pool", _POOL]
+
+        def one(layers: int) -> TraceRun:
+            name = f"tiny-{layers}"
+            with Store.open(root, create=True) as store:
+                store.import_image(image(layers), name=name)
+            _call(*own, name)  # the first container of an image makes its flat tree
+            return trace([*own, name], subject=subject, layers=layers, quiet=True)
+
+        yield one
+
+    return opened
+
+
 _ENGINES = {
     "containerd": Engine("containerd", _containerd),
     "podman": Engine("podman", _podman),
     "runc": Engine("runc", _runc),
-    _OURS: Engine(_OURS, _flatmount(_OURS, "")),
+    _OURS: Engine(_OURS, _flatmount("")),
+    f"{_OURS}:run": Engine(f"{_OURS}:run", _flatmount_run("private")),
+    f"{_OURS}:run-host": Engine(f"{_OURS}:run-host", _flatmount_run("host")),
 }
 
 

@@ -121,9 +121,9 @@ class Fit:
         """In words, for a person."""
         if not self.grows:
             return f"{self.subject} is constant: {self.base:.0f} {self.what} for a container, whatever its layers"
-        line = f"{self.base:.0f} + {self.per_layer:.2f} × layers"
+        line = f"{self.base:.0f} {self.what} for a container and {self.per_layer:.2f} more for each layer"
         bent = "" if self.straight else f", though not on a line (up to {self.worst:.0f} off)"
-        return f"{self.subject} grows with layers: {line} = {self.what} for a container{bent}"
+        return f"{self.subject} grows with layers: {line}{bent}"
 
 
 def fits(runs: Iterable[TraceRun]) -> tuple[Fit, ...]:

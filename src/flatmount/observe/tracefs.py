@@ -104,8 +104,10 @@ class TraceInstance:
         """Events that were overwritten before anybody read them, or for which there was no room."""
         lost = 0
         for processor in os.listdir(f"{self._directory}/per_cpu"):
-            with open(f"{self._directory}/per_cpu/{processor}/stats", encoding="ascii") as file:
-                facts = dict(line.strip().split(": ") for line in file)
+            # One read: the kernel writes the text anew for each, and its tail may have grown meanwhile.
+            with open(f"{self._directory}/per_cpu/{processor}/stats", "rb", buffering=0) as file:
+                text = file.read(_READ_BYTES).decode()
+            facts = dict(line.split(": ", 1) for line in text.splitlines())
             lost += int(facts["overrun"]) + int(facts["dropped events"])
         return lost
 

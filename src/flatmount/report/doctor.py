@@ -1,11 +1,13 @@
-"""A diagnosis for a terminal, and as one line for node-problem-detector."""
+"""A diagnosis for a terminal, as a page, and as one line for node-problem-detector."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable
+from html import escape
 
 from flatmount.observe.doctor.findings import Diagnosis, Severity
+from flatmount.report.page import document, plain_table, section
 
 _COLOURS = {Severity.CRITICAL: "\x1b[1;31m", Severity.WARNING: "\x1b[33m", Severity.NOTE: "\x1b[2m"}
 _PLAIN = "\x1b[0m"
@@ -28,6 +30,26 @@ def render_diagnosis(diagnosis: Diagnosis, *, width: int = 100, colour: bool = F
     if diagnosis.findings:
         lines.append("`flatmount doctor --explain ID` has a page for each finding")
     return "\n".join(lines) + "\n"
+
+
+def page(diagnosis: Diagnosis) -> str:
+    """The whole HTML document. Works without a network, in light and dark, and on paper."""
+    header = (
+        f'<header><p class="kicker">{escape(diagnosis.taken_at)} · Linux {escape(diagnosis.kernel)} · '
+        f"{diagnosis.mounts:,} mounts</p><h1>Diagnosis</h1>"
+        f'<p class="outcome">{escape(diagnosis.verdict)}</p></header>'
+    )
+    findings = [
+        section(
+            f"{finding.severity}: {finding.title}",
+            f"{finding.owner}: {finding.remedy}",
+            plain_table([f"evidence ({finding.id})"], [[escape(text)] for text in finding.evidence]),
+        )
+        for finding in diagnosis.findings
+    ]
+    unseen = [[escape(text)] for text in diagnosis.unseen]
+    missing = section("Not seen", "", plain_table(["what"], unseen)) if unseen else ""
+    return document("Diagnosis", (), [header, *findings, missing])
 
 
 def npd_line(diagnosis: Diagnosis) -> str:

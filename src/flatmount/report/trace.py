@@ -1,11 +1,15 @@
-"""A trace for a terminal: each run's operations by process, and in words whether a subject grows with layers."""
+"""A trace for a terminal and as a page: operations by process, and in words whether a subject grows with layers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from html import escape
 
 from flatmount.observe.mount_calls import Effect
 from flatmount.observe.trace_results import ProcessCalls, TraceReport, TraceRun, fits
+from flatmount.report.page import document, plain_table, scroll, section
+from flatmount.report.style import style_of
+from flatmount.report.svg import Axis, Series, line_chart
 
 _KINDS = (Effect.ATTACH, Effect.DETACH, Effect.CHANGE, Effect.PREPARE, Effect.COPY)
 
@@ -29,6 +33,49 @@ def render_trace(report: TraceReport) -> str:
     if missing:
         lines.append(f"this kernel has no events for: {', '.join(missing)}")
     return "\n".join(lines) + "\n"
+
+
+def page(report: TraceReport) -> str:
+    """The whole HTML document. Works without a network, in light and dark, and on paper."""
+    engines = [run for run in report.runs if run.layers is not None]
+    subjects = tuple(dict.fromkeys(run.subject for run in engines))
+    outcome = " ".join(f"{fit.sentence()}." for fit in fits(engines))
+    header = (
+        f'<header><p class="kicker">{escape(report.taken_at)} · Linux {escape(report.host.kernel)}</p>'
+        f'<h1>Mount operations</h1><p class="outcome">{escape(outcome)}</p></header>'
+    )
+    parts = [header]
+    if engines:
+        points = {
+            name: sorted((float(run.layers or 0), float(run.operations)) for run in engines if run.subject == name)
+            for name in subjects
+        }
+        series = [Series(style_of(i), name, tuple(points[name])) for i, name in enumerate(subjects)]
+        x = Axis.linear("layers", [at for one in series for at, _ in one.points])
+        y = Axis.linear("mount operations for a container", [value for one in series for _, value in one.points])
+        legend = "".join(
+            f'<li class="{style_of(i)}"><svg viewBox="0 0 30 10" aria-hidden="true"><path class="line" d="M0 5H30"/>'
+            f"</svg>{escape(name)}</li>"
+            for i, name in enumerate(subjects)
+        )
+        chart = scroll(line_chart("Mount operations by layers", series, x, y, dots=True))
+        parts.append(section("By layers", "", f'<ul class="legend">{legend}</ul>{chart}'))
+    rows = [
+        [
+            escape(run.subject),
+            "–" if run.layers is None else str(run.layers),
+            *(f"{run.done(kind):,}" for kind in _KINDS),
+            f"{run.operations:,}",
+            "–" if run.attached is None or run.detached is None else f"{run.attached + run.detached:,}",
+            f"{run.lost:,}",
+        ]
+        for run in report.runs
+    ]
+    heads = ["subject", "layers|", *(f"{kind}|calls" for kind in _KINDS), "operations|", "seen by watchers|", "lost|"]
+    parts.append(section("Calls", "Attach and detach are the mount operations.", plain_table(heads, rows)))
+    absent = [[escape(one.engine), escape(one.reason)] for one in report.absent]
+    parts.append(section("Not traced", "", plain_table(["engine", "why"], absent)) if absent else "")
+    return document("Mount operations", subjects, parts)
 
 
 def _of_command(run: TraceRun) -> list[str]:
