@@ -9,7 +9,7 @@ DEMO_PAGE ?= $(CURDIR)/.demo/storm.html
 NATIVE := $(wildcard native/*.c native/*.h native/shim/*.c native/shim/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint man format soak bench bench-peers processors fuzz sanitize clean
+.PHONY: help setup demo test lint man format soak bench bench-peers processors fuzz sanitize package clean
 
 help: ## show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -63,6 +63,15 @@ bench-peers: $(READY) ## starts against other binaries of containerd: make bench
 sanitize: $(READY) ## the native code's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize "$(RUN)"
 
+FUZZ_SECONDS ?= 180
+fuzz: $(READY) ## random bytes as layers for FUZZ_SECONDS (180), from the corpus of the tests on
+	$(RUN)/pip install -q --disable-pip-version-check -e '.[fuzz]'
+	mkdir -p .fuzz/new
+	$(RUN)/python -m fuzz .fuzz/new tests/corpus -artifact_prefix=.fuzz/ -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=4096
+
+package: $(READY) ## a wheel and a Debian package in dist/, each installed and tried
+	tools/package "$(PYTHON)"
+
 clean: ## remove what was built; stores and caches elsewhere stay
-	rm -rf $(VENV) build dist .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -rf $(VENV) build dist .demo .fuzz .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src \( -name '*.so' -o -name flatmount-shim \) -delete

@@ -113,7 +113,8 @@ def _section(what: str, image: str, place: str) -> None:
 
 
 def _flatmount(image: str, directory: str) -> None:
-    _quiet(sys.executable, "-m", "flatmount", "image", "import", image, "--root", f"{directory}/store", "--name", "i")
+    command = [sys.executable, "-m", "flatmount", "image", "import", image, "--flatten", "first-use"]
+    _quiet(*command, "--root", f"{directory}/store", "--name", "i")
 
 
 def _skopeo(image: str, directory: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -103,6 +104,25 @@ def test_nothing_is_deleted_through_a_mount(own: CommandLine, tmp_path: Path) ->
             subprocess.run(["umount", point], check=True)
     own("fsck")
     assert (precious / "sentinel").read_text() == "here"
+
+
+def test_a_flat_tree_is_built_when_it_is_asked_for(own: CommandLine, tmp_path: Path) -> None:
+    """The process in the background holds none of our streams: the command ends, and the tree comes."""
+
+    def flat(name: str) -> object:
+        return own.json("image", "show", name)["flat_tree"]
+
+    own("image", "import", image(tmp_path / "now", "n"), "--name", "now", "--flatten", "now")
+    assert flat("now") is not None
+    own("image", "import", image(tmp_path / "later", "l"), "--name", "later", "--flatten", "first-use")
+    assert flat("later") is None
+    assert own("image", "flatten", "later").endswith(": built\n")
+    assert own("image", "flatten", "later").endswith(": was there already\n")
+    own("image", "import", image(tmp_path / "behind", "b", "n"), "--name", "behind")
+    deadline = time.monotonic() + 60
+    while flat("behind") is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_fsck_finds_and_repairs(own: CommandLine, tmp_path: Path) -> None:

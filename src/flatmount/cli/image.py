@@ -8,8 +8,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from flatmount.cli import image_demo, image_pull
+from flatmount.cli import flatten, image_demo, image_pull
 from flatmount.cli.common import open_store, print_json, size, store_options
+from flatmount.cli.flatten import flatten_when, when_option
 from flatmount.cli.store import add_export
 from flatmount.errors import EXIT_FINE
 from flatmount.store import Progressed, Store, StoredImage
@@ -39,6 +40,7 @@ def add_parser(verbs: Any) -> None:
     adding.add_argument("path", metavar="PATH[:NAME]", help="a layout's directory, or a tar archive")
     adding.add_argument("--name", help="what the image is called in the store")
     store_options(adding)
+    when_option(adding)
     adding.set_defaults(run=_import)
 
     listing = subverbs.add_parser("list", help="list the images of the store")
@@ -56,6 +58,7 @@ def add_parser(verbs: Any) -> None:
     removing.set_defaults(run=_remove)
 
     add_export(subverbs)
+    flatten.add_parser(subverbs)
     image_pull.add_parser(subverbs)
     image_demo.add_parser(subverbs)
 
@@ -77,6 +80,7 @@ def _import(args: argparse.Namespace) -> int:
     with open_store(args, create=True) as store:
         try:
             image = store.import_image(args.path, name=args.name, progress=progress)
+            flatten_when(args.flatten, store, image)
         finally:
             if progress is not None:
                 progress.clear()
