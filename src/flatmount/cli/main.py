@@ -13,7 +13,7 @@ from flatmount import VERSION
 from flatmount.errors import EXIT_FAILED, EXIT_USAGE, FlatmountError, from_os_error
 
 # In the order in which `--help` shows them: look first, then images, then mounts, then measuring.
-_VERBS = ("probe", "image", "plan", "mount", "umount", "storm")
+_VERBS = ("probe", "image", "plan", "mount", "umount", "storm", "snapshotter")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -96,7 +96,7 @@ def pinned_overlay(spec: RootfsSpec, facts: HostFacts, lowers: Iterable[FsConfig
         *lowers,
     )
     if spec.upper is not Upper.NONE:
-        base: Text = ("uppers/", Parameter.UPPER) if ids is Ids.CONTAINER else (Parameter.UPPER,)
+        base: Text = (f"{spec.uppers}/", Parameter.UPPER) if ids is Ids.CONTAINER else (Parameter.UPPER,)
         if ids is Ids.HOST:
             operations.append(Fchdir(UPPERS))
         operations.append(FsConfigString(_CONTEXT, "upperdir", below(base, "/fs")))
