@@ -75,11 +75,15 @@ def helper_answer(plan: str) -> Mount:
     return Mount(HELPER_TYPE, plan, ("rw",))
 
 
-def helper_plan(snapshot: Snapshot, lowers: Sequence[str], *, data: str) -> str:
-    """The description that `flatmount-assemble` reads: one word and its value a line."""
+def helper_plan(snapshot: Snapshot, lowers: Sequence[str], *, data: str, detached: bool) -> str:
+    """The description that `flatmount-assemble` reads: one word and its value a line.
+
+    `detached` says that overlayfs takes lowers of a detached mount here (Linux 6.15).
+    """
     lines = [f"data {data}", *(f"lower {path}" for path in lowers), f"upper {snapshot.fs}", f"work {snapshot.work}"]
     if snapshot.mapping is not None:
         lines += (f"uid {r.container} {r.host} {r.size}" for r in snapshot.mapping.uids)
         lines += (f"gid {r.container} {r.host} {r.size}" for r in snapshot.mapping.gids)
     lines.append(f"ids {'host' if snapshot.host_ids else 'container'}")
+    lines.append(f"layers {'detached' if detached else 'attached'}")
     return "\n".join(lines) + "\n"

@@ -283,7 +283,8 @@ class Snapshots:
             return bind_answer(await self._in_pool(lambda: self.roots.ensure(snapshot, lowers)))
         if snapshot.form is Form.HELPER:
             plan = os.path.join(self._plans, str(snapshot.number))
-            await self._in_pool(lambda: _write(plan, helper_plan(snapshot, lowers, data=data)))
+            text = helper_plan(snapshot, lowers, data=data, detached=self._facts.detached_layers)
+            await self._in_pool(lambda: _write(plan, text))
             return helper_answer(plan)
         tree = data
         mapping = snapshot.mapping
