@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 DEMO_ROOT ?= $(CURDIR)/.demo/store
 DEMO_PAGE ?= $(CURDIR)/.demo/storm.html
-NATIVE := $(wildcard native/*.c native/*.h)
+NATIVE := $(wildcard native/*.c native/*.h native/*/*.c)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format soak bench fuzz sanitize clean
+.PHONY: help setup demo test lint format soak conformance wire bench fuzz sanitize clean
 
 help: ## show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -38,11 +38,18 @@ lint: $(READY) ## ruff, mypy, import rule
 format: $(READY) ## format Python and C
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	clang-format -i native/*.c native/*.h bench/*.c
+	clang-format -i native/*.c native/*.h native/*/*.c bench/*.c
 
 soak: $(READY) ## the long rounds that `make test` runs a seeded tenth of
 	tools/setup --tests
 	FLATMOUNT_SOAK=1 $(RUN)/pytest tests -m soak --timeout 7200
+
+conformance: $(READY) ## containerd's own suite against the snapshotter, in each form
+	tools/setup --tests
+	$(RUN)/pytest tests/conformance
+
+wire: $(READY) ## the Python of the snapshotter's wire format
+	$(RUN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src flatmount/snapshotter/wire/snapshots.proto
 
 bench: $(READY) ## the ratios, each measured in one run
 	$(RUN)/python -m bench

@@ -12,7 +12,6 @@ from flatmount.snapshotter.model import REF_LABEL, Form, Info, Kind, Mount, Snap
 
 # Flattening must never meet a redirect, and an upper must not depend on file handles of its lowers.
 OVERLAY_OPTIONS = ("redirect_dir=off", "metacopy=off", "index=off")
-HELPER_TYPE = "fuse3.flatmount-assemble"
 
 
 def lowers_of(parents: Sequence[int], flats: Container[int]) -> tuple[str, ...]:
@@ -70,9 +69,13 @@ def bind_answer(root: str) -> Mount:
     return Mount("bind", root, ("rw", "rbind"))
 
 
-def helper_answer(plan: str) -> Mount:
-    """A mount that `flatmount-assemble` makes of the description at `plan`."""
-    return Mount(HELPER_TYPE, plan, ("rw",))
+def helper_answer(program: str, plan: str) -> Mount:
+    """A mount that `program`, flatmount-assemble, makes of the description at `plan`.
+
+    containerd runs `mount.fuse3 PLAN TARGET -o rw -t PROGRAM` for it, and that runs the program through a shell; an
+    absolute path is found whatever PATH containerd has.
+    """
+    return Mount(f"fuse3.{program}", plan, ("rw",))
 
 
 def helper_plan(snapshot: Snapshot, lowers: Sequence[str], *, data: str, detached: bool) -> str:

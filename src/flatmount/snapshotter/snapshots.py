@@ -55,10 +55,13 @@ from flatmount.store.disk import Disk
 log = logging.getLogger("flatmount.snapshotter")
 T = TypeVar("T")
 
-# overlayfs takes 500 lowers and mount(2) 4,095 bytes for their names; a chain that is longer than this without a flat
-# tree in it gets one before containerd is answered.
+# overlayfs takes 500 lowers and mount(2) 4,095 bytes of options, which it cuts without a word; containerd shortens what
+# is longer than 3,584. A chain whose lowers are more than this gets a flat tree before containerd is answered.
 MOST_LOWERS = 100
+MOST_LOWER_BYTES = 3200
 _WORKERS = 16
+
+HELPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "libexec", "flatmount-assemble")
 
 
 class Snapshots:
@@ -274,22 +277,22 @@ class Snapshots:
 
     async def _answer(self, chain: book.Chain) -> Mount:
         snapshot = chain.snapshot
+        data = self._disk.data
+        mapping = snapshot.mapping
+        tree = data
+        if mapping is not None and snapshot.form is Form.OVERLAY:
+            tree = await self._in_pool(lambda: self.ranges.acquire(snapshot.number, mapping))
         lowers = lowers_of(chain.parents, self.flattening.flats)
-        if len(lowers) > MOST_LOWERS:
+        if len(lowers) > MOST_LOWERS or sum(len(tree) + len(lower) + 2 for lower in lowers) > MOST_LOWER_BYTES:
             await self.flattening.now(chain.parents)
             lowers = lowers_of(chain.parents, self.flattening.flats)
-        data = self._disk.data
         if snapshot.form is Form.BIND:
             return bind_answer(await self._in_pool(lambda: self.roots.ensure(snapshot, lowers)))
         if snapshot.form is Form.HELPER:
             plan = os.path.join(self._plans, str(snapshot.number))
             text = helper_plan(snapshot, lowers, data=data, detached=self._facts.detached_layers)
             await self._in_pool(lambda: _write(plan, text))
-            return helper_answer(plan)
-        tree = data
-        mapping = snapshot.mapping
-        if mapping is not None:
-            tree = await self._in_pool(lambda: self.ranges.acquire(snapshot.number, mapping))
+            return helper_answer(HELPER, plan)
         return plain_answer(snapshot, lowers, data=data, tree=tree)
 
     async def _let_go(self, gone: Snapshot) -> None:

@@ -142,7 +142,7 @@ class Trees:
     def copy_to_container_ids(self, snapshot: Snapshot, number: int) -> None:
         """Copy an upper that holds host ids into staging, with the container's ids: what a commit publishes.
 
-        Raises: MappingError-like OSError told as StoreError, where a file belongs to nobody in the mapping.
+        Raises: StoreError, where a file belongs to nobody in the mapping.
         """
         assert snapshot.mapping is not None
         inverse = inverted(snapshot.mapping)
@@ -230,10 +230,15 @@ class Trees:
 
 
 def inverted(mapping: Mapping) -> Mapping:
-    """The mapping that leads from host ids back to the container's."""
+    """The mapping that leads from host ids back to the container's.
+
+    The host's root, which makes overlayfs's whiteouts and what a runtime puts into a root file system, becomes the
+    container's.
+    """
 
     def turn(ranges: tuple[IdRange, ...]) -> tuple[IdRange, ...]:
-        return tuple(IdRange(r.host, r.container, r.size) for r in ranges)
+        back = tuple(IdRange(r.host, r.container, r.size) for r in ranges)
+        return back if any(r.container == 0 for r in back) else (IdRange(0, 0, 1), *back)
 
     return Mapping(turn(mapping.uids), turn(mapping.gids))
 
