@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 DEMO_ROOT ?= $(CURDIR)/.demo/store
 DEMO_PAGE ?= $(CURDIR)/.demo/storm.html
-NATIVE := $(wildcard native/*.c native/*.h native/*/*.c)
+NATIVE := $(wildcard native/*.c native/*.h native/*/*.c native/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format soak conformance wire bench fuzz sanitize clean
+.PHONY: help setup demo test lint man format soak conformance wire bench bench-peers processors fuzz sanitize clean
 
 help: ## show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -34,11 +34,15 @@ lint: $(READY) ## ruff, mypy, import rule
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports --no-cache
+	$(RUN)/python tools/man.py --check
+
+man: $(READY) ## write the man page from the command line's own help
+	$(RUN)/python tools/man.py
 
 format: $(READY) ## format Python and C
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	clang-format -i native/*.c native/*.h native/*/*.c bench/*.c
+	clang-format -i $(NATIVE) bench/*.c
 
 soak: $(READY) ## the long rounds that `make test` runs a seeded tenth of
 	tools/setup --tests
@@ -54,9 +58,18 @@ wire: $(READY) ## the Python of the snapshotter's wire format
 bench: $(READY) ## the ratios, each measured in one run
 	$(RUN)/python -m bench
 
+processors: $(READY) ## what this machine's locks and bursts cost, and how wrong the model of them is (6 minutes, root)
+	mkdir -p .demo
+	-$(RUN)/flatmount cpu model validate --budget 290s --output .demo/validation.json
+	$(RUN)/flatmount cpu bench --budget 60s --output .demo/processors.json --html .demo/processors.html --validation .demo/validation.json
+
+bench-peers: $(READY) ## starts against other binaries of containerd: make bench-peers CONTAINERD=DIR
+	$(RUN)/pip install -q --disable-pip-version-check -e '.[engines]'
+	FLATMOUNT_CONTAINERD=$(CONTAINERD) $(RUN)/python -m bench starts
+
 sanitize: $(READY) ## the native code's tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	tools/sanitize "$(RUN)"
 
 clean: ## remove what was built; stores and caches elsewhere stay
 	rm -rf $(VENV) build dist .demo .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
-	find src -name '*.so' -delete
+	find src \( -name '*.so' -o -name flatmount-shim -o -name flatmount-assemble \) -delete

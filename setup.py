@@ -1,42 +1,54 @@
-"""The native part: one extension on the stable ABI, so that a wheel serves every Python from 3.11, and one program."""
+"""The native part: an extension on the stable ABI, so that one wheel serves Python 3.11 and later, and programs."""
 
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-sources = sorted(str(path) for path in Path("native").glob("*.c"))
-headers = sorted(str(path) for path in Path("native").glob("*.h"))
-warnings = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
+MACROS = [("_GNU_SOURCE", "1")]
+FLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
 
 
-class BuildExtAndProgram(build_ext):
-    """Builds flatmount-assemble beside the extension, where `flatmount.snapshotter` finds it."""
+def sources(directory: str) -> list[str]:
+    return sorted(str(path) for path in Path(directory).glob("*.c"))
+
+
+# Where a program is, and how it is linked. The shim is static: it runs in containers without a C library, and starts
+# in half the time.
+PROGRAMS = {
+    "flatmount-shim": ("native/shim", ["-static", "-Wl,-z,noexecstack"]),
+    "flatmount-assemble": ("native/assemble", []),
+}
+
+
+class BuildNative(build_ext):
+    """Builds the programs beside the extension, so that they go wherever that goes."""
 
     def run(self) -> None:
         super().run()
-        package = Path("src/flatmount" if self.inplace else f"{self.build_lib}/flatmount")
-        objects = self.compiler.compile(
-            ["native/assemble/flatmount-assemble.c"],
-            output_dir=self.build_temp,
-            depends=headers,
-            extra_preargs=warnings,
-        )
-        (package / "libexec").mkdir(parents=True, exist_ok=True)
-        self.compiler.link_executable(objects, "flatmount-assemble", output_dir=str(package / "libexec"))
+        beside = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
+        for name, (directory, linking) in PROGRAMS.items():
+            objects = self.compiler.compile(
+                sources(directory), output_dir=self.build_temp, macros=MACROS, extra_postargs=FLAGS
+            )
+            self.compiler.link_executable(objects, name, output_dir=str(beside), extra_postargs=linking)
+
+    def get_outputs(self) -> list[str]:
+        extensions: list[str] = super().get_outputs()
+        return [*extensions, *(str(Path(path).parent / name) for path in extensions for name in PROGRAMS)]
 
 
 setup(
-    cmdclass={"build_ext": BuildExtAndProgram},
     ext_modules=[
         Extension(
             "flatmount.kernel._native",
-            sources=sources,
-            depends=headers,
-            define_macros=[("Py_LIMITED_API", "0x030b0000"), ("_GNU_SOURCE", "1")],
-            extra_compile_args=[*warnings, "-Wno-unused-parameter", "-fvisibility=hidden"],
+            sources=sources("native"),
+            depends=sorted(str(path) for path in Path("native").glob("**/*.h")),
+            define_macros=[("Py_LIMITED_API", "0x030b0000"), *MACROS],
+            extra_compile_args=FLAGS,
             py_limited_api=True,
         )
     ],
+    cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

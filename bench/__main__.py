@@ -8,7 +8,7 @@ import sys
 
 from bench.measure import machine
 
-SECTIONS = ("assemble", "storms")
+SECTIONS = ("assemble", "storms", "unpack", "starts", "ways")
 
 
 def main() -> int:

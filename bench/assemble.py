@@ -61,7 +61,7 @@ class Bench:
     def burst(self, strategy: str, tag: str, *, ahead: bool) -> float:
         pool = RangePool(self.store.data, self.facts)
         made = self.assembler(strategy, pool)
-        took = assemble_all(made, pool, self.roots, tag, CONTAINERS, threads=THREADS, ahead=ahead)
+        took = assemble_all(made, pool, self.roots, tag, CONTAINERS, at_once=THREADS, ahead=ahead)
         pool.close()
         return took
 

@@ -7,17 +7,15 @@ import os
 import shutil
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from flatmount.kernel.executor import adopt_thread
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.plan.mapping import Mapping as IdMapping
-from flatmount.rootfs.assembler import Assembler, Rootfs
+from flatmount.rootfs.assembler import Assembler, Request, Rootfs
 from flatmount.rootfs.ranges import RangePool
 from flatmount.rootfs.workplace import workplace
 
@@ -67,38 +65,19 @@ def mappings(count: int) -> list[IdMapping]:
 
 
 def assemble_all(
-    assembler: Assembler, pool: RangePool, roots: str, tag: str, count: int, *, threads: int, ahead: bool
+    assembler: Assembler, pool: RangePool, roots: str, tag: str, count: int, *, at_once: int, ahead: bool
 ) -> float:
-    """Assemble `count` containers, `threads` at a time; returns microseconds of wall time for each, undoing apart."""
-    ranges = mappings(count)
+    """Assemble `count` containers, `at_once` at a time; returns microseconds of wall time for each, undoing apart."""
+    requests = [Request(mapping, f"{tag}-{i}", f"{roots}/{tag}-{i}") for i, mapping in enumerate(mappings(count))]
     if ahead:
-        pool.prepare(ranges)
-    waiting = iter(range(count))
-    live: list[Rootfs] = []
-    errors: list[BaseException] = []
-    ready = threading.Barrier(threads + 1)
-
-    def work() -> None:
-        try:
-            adopt_thread()
-            ready.wait()
-            for i in waiting:
-                live.append(assembler.assemble(ranges[i], f"{tag}-{i}", f"{roots}/{tag}-{i}"))
-        except BaseException as error:
-            errors.append(error)
-
-    workers = [threading.Thread(target=work) for _ in range(threads)]
-    for worker in workers:
-        worker.start()
-    ready.wait()
+        pool.prepare((request.mapping for request in requests), pinned=assembler.pins)
     begun = time.perf_counter_ns()
-    for worker in workers:
-        worker.join()
+    made = assembler.assemble_many(requests, at_once=at_once)
     took = time.perf_counter_ns() - begun
-    for rootfs in live:
+    for rootfs in made:
+        if not isinstance(rootfs, Rootfs):
+            raise rootfs
         rootfs.undo()
-    if errors:
-        raise errors[0]
     return took / count / 1000
 
 

@@ -13,6 +13,8 @@ extern PyMethodDef fm_namespaces_methods[];
 extern PyMethodDef fm_mounts_methods[];
 extern PyMethodDef fm_tree_methods[];
 extern PyMethodDef fm_start_methods[];
+extern PyMethodDef fm_locks_methods[];
+extern PyMethodDef fm_lookup_methods[];
 extern PyType_Spec fm_program_spec;
 
 #endif

@@ -4,8 +4,10 @@
 
 #include <errno.h>
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
@@ -47,33 +49,99 @@ static int open_namespace(pid_t pid, const char *kind)
 	return open(path, O_RDONLY | O_CLOEXEC);
 }
 
-static PyObject *user_namespace(PyObject *module, PyObject *arguments)
+static int make_user_namespace(const char *uids, size_t uid_bytes, const char *gids, size_t gid_bytes)
 {
-	const char *uids, *gids;
-	Py_ssize_t uid_bytes, gid_bytes;
-	int fd = -1, error = 0;
-
-	if (!PyArg_ParseTuple(arguments, "y#y#:user_namespace", &uids, &uid_bytes, &gids, &gid_bytes))
-		return NULL;
-
-	Py_BEGIN_ALLOW_THREADS
 	struct fm_task task;
 	pid_t parent = getpid();
-	if (fm_task_start(&task, CLONE_NEWUSER, hold_namespace, &parent) < 0) {
-		error = errno;
-	} else {
-		if (write_map(task.pid, "uid_map", uids, (size_t)uid_bytes) < 0 ||
-		    write_map(task.pid, "gid_map", gids, (size_t)gid_bytes) < 0 ||
-		    (fd = open_namespace(task.pid, "user")) < 0)
-			error = errno;
-		fm_task_end(&task, 1);
+	int fd = -1;
+
+	if (fm_task_start(&task, CLONE_NEWUSER, hold_namespace, &parent) < 0)
+		return -1;
+	if (write_map(task.pid, "uid_map", uids, uid_bytes) == 0 && write_map(task.pid, "gid_map", gids, gid_bytes) == 0)
+		fd = open_namespace(task.pid, "user");
+	int error = errno;
+	fm_task_end(&task, 1);
+	errno = error;
+	return fd;
+}
+
+struct wanted {
+	const char *uids, *gids;
+	Py_ssize_t uid_bytes, gid_bytes;
+	int fd, error;
+};
+
+struct order {
+	struct wanted *wanted;
+	Py_ssize_t count, next;
+};
+
+static void *make_ordered(void *argument)
+{
+	struct order *order = argument;
+
+	for (;;) {
+		Py_ssize_t i = __atomic_fetch_add(&order->next, 1, __ATOMIC_RELAXED);
+		if (i >= order->count)
+			return NULL;
+		struct wanted *w = &order->wanted[i];
+		w->fd = make_user_namespace(w->uids, (size_t)w->uid_bytes, w->gids, (size_t)w->gid_bytes);
+		w->error = w->fd < 0 ? errno : 0;
 	}
+}
+
+/* On `threads` threads, the calling one among them: where no further one can be had, it does the work alone. */
+static void make_all(struct order *order, int threads)
+{
+	pthread_t *workers = calloc((size_t)threads, sizeof(*workers));
+	int started = 0;
+
+	while (workers && started < threads - 1 && !pthread_create(&workers[started], NULL, make_ordered, order))
+		started++;
+	make_ordered(order);
+	for (int i = 0; i < started; i++)
+		pthread_join(workers[i], NULL);
+	free(workers);
+}
+
+static PyObject *user_namespaces(PyObject *module, PyObject *arguments)
+{
+	PyObject *maps, *result = NULL;
+	struct order order = {0};
+	int threads, error = 0;
+
+	if (!PyArg_ParseTuple(arguments, "O!i:user_namespaces", &PyList_Type, &maps, &threads))
+		return NULL;
+	order.count = PyList_Size(maps);
+	order.wanted = PyMem_Calloc((size_t)order.count + 1, sizeof(*order.wanted));
+	if (!order.wanted)
+		return PyErr_NoMemory();
+	for (Py_ssize_t i = 0; i < order.count; i++) {
+		struct wanted *w = &order.wanted[i];
+		if (!PyArg_ParseTuple(PyList_GetItem(maps, i), "y#y#", &w->uids, &w->uid_bytes, &w->gids, &w->gid_bytes))
+			goto out;
+	}
+
+	Py_BEGIN_ALLOW_THREADS
+	make_all(&order, threads);
+	for (Py_ssize_t i = 0; i < order.count && !error; i++)
+		error = order.wanted[i].error;
+	for (Py_ssize_t i = 0; i < order.count && error; i++)
+		if (order.wanted[i].fd >= 0)
+			close(order.wanted[i].fd);
 	Py_END_ALLOW_THREADS
 
-	if (fd >= 0)
-		return PyLong_FromLong(fd);
-	errno = error;
-	return PyErr_SetFromErrno(PyExc_OSError);
+	if (error) {
+		errno = error;
+		PyErr_SetFromErrno(PyExc_OSError);
+		goto out;
+	}
+	result = PyList_New(order.count);
+	for (Py_ssize_t i = 0; result && i < order.count; i++)
+		PyList_SetItem(result, i, PyLong_FromLong(order.wanted[i].fd));
+out:
+	PyMem_Free(order.wanted);
+	return result;
 }
 
 struct emptying {
@@ -147,7 +215,7 @@ static PyObject *unshare_mounts(PyObject *module, PyObject *unused)
 }
 
 PyMethodDef fm_namespaces_methods[] = {
-	{"user_namespace", user_namespace, METH_VARARGS, "user_namespace(uid_map, gid_map) -> descriptor"},
+	{"user_namespaces", user_namespaces, METH_VARARGS, "user_namespaces([(uid_map, gid_map)], threads) -> [descriptor]"},
 	{"empty_mount_namespace", empty_mount_namespace, METH_NOARGS, "empty_mount_namespace() -> descriptor"},
 	{"try_open_tree_attr", try_open_tree_attr, METH_NOARGS, "try_open_tree_attr() -> errno"},
 	{"unshare_mounts", unshare_mounts, METH_NOARGS, "Move this thread into a copy of its mount namespace."},

@@ -10,7 +10,7 @@
  *   READ_FILE          open, read .. close            path
  *   OPEN               open(O_PATH|O_DIRECTORY)       path               out
  *   OPEN_TREE          open_tree(CLONE)               path               out, a directory    x more flags
- *   MOUNT_SETATTR      mount_setattr                                     a tree, b userns    y attributes
+ *   MOUNT_SETATTR      mount_setattr                                     a tree, b userns    x more flags, y attributes
  *   MOVE_MOUNT         move_mount                     target             a tree
  *   FSOPEN             fsopen                         type               out
  *   FSCONFIG_FLAG      fsconfig(SET_FLAG)             key                a context
@@ -34,12 +34,14 @@
  * thread of our own unless the calling thread was adopted (adopt_thread); SETNS always does.
  */
 #include "common.h"
+#include "program.h"
 
 #include <errno.h>
 #include <linux/capability.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/fsuid.h>
 #include <sys/mount.h>
@@ -229,7 +231,8 @@ static long perform(struct run *run, const struct record *r, const char *s1, con
 			attr.attr_set |= FM_MOUNT_ATTR_IDMAP;
 			attr.userns_fd = (__u64)run->slots[r->b];
 		}
-		return syscall(SYS_mount_setattr, run->slots[r->a], "", FM_AT_EMPTY_PATH, &attr, sizeof(attr));
+		return syscall(SYS_mount_setattr, run->slots[r->a], "", FM_AT_EMPTY_PATH | r->x, &attr,
+			       sizeof(attr));
 	}
 	case MOVE_MOUNT:
 		return syscall(SYS_move_mount, run->slots[r->a], "", AT_FDCWD, s1, FM_MOVE_MOUNT_F_EMPTY_PATH);
@@ -430,34 +433,61 @@ static PyObject *outcome(struct run *run, PyObject *nanoseconds)
 			     PyUnicode_DecodeFSDefault(run->message), outputs, nanoseconds);
 }
 
+/* Closing a detached mount waits for a grace period: not under the interpreter's lock. */
+static void close_slots(struct run *run)
+{
+	for (int i = run->program->lent; i < run->program->slots; i++)
+		if (run->slots[i] >= 0)
+			close(run->slots[i]);
+}
+
+/* After a good run its outputs stay open: they are in the outcome by the time the others are closed. */
+static void close_all_but_outputs(struct run *run)
+{
+	const struct program *program = run->program;
+	int kept[MOST_SLOTS];
+
+	for (int i = 0; !run->error && i < program->output_count; i++) {
+		kept[i] = run->slots[program->outputs[i]];
+		run->slots[program->outputs[i]] = -1;
+	}
+	close_slots(run);
+	for (int i = program->lent; i < program->slots; i++)
+		run->slots[i] = -1;
+	for (int i = 0; !run->error && i < program->output_count; i++)
+		run->slots[program->outputs[i]] = kept[i];
+}
+
+/* The buffer for nanoseconds belongs to the bytes object that is returned. */
+static PyObject *timed_by(struct run *run)
+{
+	PyObject *nanoseconds = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(run->program->count * sizeof(uint32_t)));
+
+	if (nanoseconds) {
+		run->nanoseconds = (uint32_t *)PyBytes_AsString(nanoseconds);
+		memset(run->nanoseconds, 0, run->program->count * sizeof(uint32_t));
+	}
+	return nanoseconds;
+}
+
 static PyObject *program_run(PyObject *self, PyObject *arguments)
 {
-	const struct program *program = (const struct program *)self;
-	struct run run = {.program = program};
-	PyObject *lent, *parameters, *ids, *result = NULL;
+	struct run run = {.program = (const struct program *)self};
+	PyObject *lent, *parameters, *ids, *nanoseconds, *result = NULL;
+	char arena[ARENA_BYTES];
 
 	if (!PyArg_ParseTuple(arguments, "O!O!O!:run", &PyTuple_Type, &lent, &PyTuple_Type, &parameters, &PyTuple_Type,
 			      &ids) ||
-	    take_arguments(&run, lent, parameters, ids) < 0)
+	    take_arguments(&run, lent, parameters, ids) < 0 || !(nanoseconds = timed_by(&run)))
 		return NULL;
-
-	PyObject *nanoseconds = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(program->count * sizeof(uint32_t)));
-	if (!nanoseconds)
-		return NULL;
-	run.nanoseconds = (uint32_t *)PyBytes_AsString(nanoseconds);
-	memset(run.nanoseconds, 0, program->count * sizeof(uint32_t));
-	run.arena = PyMem_Malloc(ARENA_BYTES);
-	if (!run.arena) {
-		Py_DECREF(nanoseconds);
-		return PyErr_NoMemory();
-	}
+	run.arena = arena;
 
 	int error;
 	Py_BEGIN_ALLOW_THREADS
 	error = start_run(&run);
+	close_all_but_outputs(&run);
 	Py_END_ALLOW_THREADS
 
-	PyMem_Free(run.arena);
 	if (error) {
 		errno = error;
 		PyErr_SetFromErrno(PyExc_OSError);
@@ -465,14 +495,179 @@ static PyObject *program_run(PyObject *self, PyObject *arguments)
 	} else {
 		result = outcome(&run, nanoseconds);
 	}
-
-	/* Closing a detached mount waits for a grace period: not under the interpreter's lock. */
-	Py_BEGIN_ALLOW_THREADS
-	for (int i = program->lent; i < program->slots; i++)
-		if (run.slots[i] >= 0)
-			close(run.slots[i]);
-	Py_END_ALLOW_THREADS
 	return result;
+}
+
+struct crew {
+	struct run *runs;
+	Py_ssize_t count, next;
+	int failed_to_start;
+};
+
+/* One of several threads that take one run after the other. */
+static void *run_many_on_own_thread(void *argument)
+{
+	struct crew *crew = argument;
+	const struct program *program = crew->runs[0].program;
+	char arena[ARENA_BYTES];
+	int home = program->own_ns ? open("/proc/thread-self/ns/mnt", O_RDONLY | O_CLOEXEC) : -1;
+
+	if (unshare(CLONE_FS) < 0 || (program->own_ns && home < 0)) {
+		__atomic_store_n(&crew->failed_to_start, errno, __ATOMIC_RELAXED);
+		return NULL;
+	}
+	for (;;) {
+		Py_ssize_t i = __atomic_fetch_add(&crew->next, 1, __ATOMIC_RELAXED);
+		if (i >= crew->count)
+			break;
+		struct run *run = &crew->runs[i];
+		run->arena = arena;
+		run_all(run);
+		close_all_but_outputs(run);
+		/* A run that failed half-way may have left this thread in the helper namespace. */
+		if (run->error && home >= 0 && setns(home, CLONE_NEWNS) < 0)
+			break;
+	}
+	if (home >= 0)
+		close(home);
+	return NULL;
+}
+
+static int run_crew(struct crew *crew, int threads)
+{
+	pthread_t *workers = calloc((size_t)threads, sizeof(*workers));
+	int started = 0, error = workers ? 0 : ENOMEM;
+
+	while (!error && started < threads)
+		if (!(error = pthread_create(&workers[started], NULL, run_many_on_own_thread, crew)))
+			started++;
+	for (int i = 0; i < started; i++)
+		pthread_join(workers[i], NULL);
+	free(workers);
+	/* Fewer threads than asked for do the work all the same; only none at all is an error. */
+	if (started)
+		error = 0;
+	if (crew->next < crew->count)
+		error = crew->failed_to_start ? crew->failed_to_start : EAGAIN;
+	return error;
+}
+
+static int take_jobs(struct crew *crew, const struct program *program, PyObject *jobs, PyObject *times)
+{
+	for (Py_ssize_t i = 0; i < crew->count; i++) {
+		PyObject *lent, *parameters, *ids, *nanoseconds;
+		struct run *run = &crew->runs[i];
+
+		run->program = program;
+		if (!PyArg_ParseTuple(PyList_GetItem(jobs, i), "O!O!O!", &PyTuple_Type, &lent, &PyTuple_Type, &parameters,
+				      &PyTuple_Type, &ids) ||
+		    take_arguments(run, lent, parameters, ids) < 0 || !(nanoseconds = timed_by(run)))
+			return -1;
+		PyList_SetItem(times, i, nanoseconds);
+	}
+	return 0;
+}
+
+static PyObject *program_run_many(PyObject *self, PyObject *arguments)
+{
+	PyObject *jobs, *results = NULL;
+	struct crew crew = {0};
+	int threads;
+
+	if (!PyArg_ParseTuple(arguments, "O!i:run_many", &PyList_Type, &jobs, &threads))
+		return NULL;
+	crew.count = PyList_Size(jobs);
+	if (threads < 1 || threads > 4096) {
+		PyErr_SetString(PyExc_ValueError, "from 1 to 4096 threads");
+		return NULL;
+	}
+	if (!crew.count)
+		return PyList_New(0);
+	crew.runs = PyMem_Calloc((size_t)crew.count, sizeof(*crew.runs));
+	PyObject *times = PyList_New(crew.count);
+	if (!crew.runs || !times) {
+		PyErr_NoMemory();
+		goto out;
+	}
+	if (take_jobs(&crew, (const struct program *)self, jobs, times) < 0)
+		goto out;
+
+	int error;
+	Py_BEGIN_ALLOW_THREADS
+	error = run_crew(&crew, threads < crew.count ? threads : (int)crew.count);
+	Py_END_ALLOW_THREADS
+	if (error) {
+		errno = error;
+		PyErr_SetFromErrno(PyExc_OSError);
+		for (Py_ssize_t i = 0; i < crew.count && i < crew.next; i++)
+			close_slots(&crew.runs[i]);
+		goto out;
+	}
+
+	results = PyList_New(crew.count);
+	for (Py_ssize_t i = 0; results && i < crew.count; i++) {
+		PyObject *one = outcome(&crew.runs[i], Py_NewRef(PyList_GetItem(times, i)));
+		if (!one) {
+			Py_DECREF(results);
+			results = NULL;
+			break;
+		}
+		PyList_SetItem(results, i, one);
+	}
+out:
+	Py_XDECREF(times);
+	PyMem_Free(crew.runs);
+	return results;
+}
+
+struct fm_run {
+	struct run run;
+	uint32_t nanoseconds[]; /* one for each operation, then the arena */
+};
+
+struct fm_run *fm_run_prepare(PyObject *self, PyObject *arguments)
+{
+	const struct program *program = (const struct program *)self;
+	PyObject *lent, *parameters, *ids;
+
+	if (!PyArg_ParseTuple(arguments, "O!O!O!:burst", &PyTuple_Type, &lent, &PyTuple_Type, &parameters, &PyTuple_Type,
+			      &ids))
+		return NULL;
+	size_t timing = program->count * sizeof(uint32_t);
+	struct fm_run *prepared = PyMem_Calloc(1, sizeof(*prepared) + timing + ARENA_BYTES);
+	if (!prepared) {
+		PyErr_NoMemory();
+		return NULL;
+	}
+	prepared->run.program = program;
+	prepared->run.nanoseconds = prepared->nanoseconds;
+	prepared->run.arena = (char *)prepared->nanoseconds + timing;
+	if (take_arguments(&prepared->run, lent, parameters, ids) < 0) {
+		PyMem_Free(prepared);
+		return NULL;
+	}
+	return prepared;
+}
+
+void fm_run_perform(struct fm_run *prepared)
+{
+	struct run *run = &prepared->run;
+
+	run_all(run);
+	close_slots(run);
+}
+
+PyObject *fm_run_result(const struct fm_run *prepared)
+{
+	const struct run *run = &prepared->run;
+
+	return Py_BuildValue("(IIIiN)", run->done, run->counted, run->failed_at, run->error,
+			     PyUnicode_DecodeFSDefault(run->message));
+}
+
+void fm_run_free(struct fm_run *prepared)
+{
+	PyMem_Free(prepared);
 }
 
 /* A string is good when it starts inside the table and names only parameters that will be there. */
@@ -586,6 +781,8 @@ static void program_dealloc(PyObject *self)
 
 static PyMethodDef program_methods[] = {
 	{"run", program_run, METH_VARARGS, "run(lent, parameters, ids) -> outcome"},
+	{"run_many", program_run_many, METH_VARARGS, "run_many([(lent, parameters, ids)], threads) -> [outcome]"},
+	{"burst", fm_program_burst, METH_VARARGS, "burst(runs, crew, copies, template) -> (nanoseconds, ended, results)"},
 	{NULL, NULL, 0, NULL},
 };
 

@@ -52,6 +52,10 @@ class BadImage(FlatmountError):
     """Something that claims to be an image and is not, or is damaged, or tries to leave its layer."""
 
 
+class RegistryError(FlatmountError):
+    """A registry that cannot be reached, refuses, or does not send what it promised."""
+
+
 class StoreError(FlatmountError):
     """The store on disk cannot do what was asked: no space, a newer schema, no permission."""
 
@@ -110,7 +114,7 @@ _HINTS: dict[tuple[str, int], str] = {
     ("*", errno_names.EMFILE): "raise the limit of open files (ulimit -n)",
     ("*", errno_names.ENFILE): "raise fs.file-max",
     ("*", errno_names.EDQUOT): "the quota of the upper's file system is used up",
-    ("*", errno_names.EROFS): "the file system is read-only; name another place for uppers",
+    ("*", errno_names.EROFS): "the file system is read-only: remount it, or name another place",
     ("mkdir", errno_names.ENOSPC): "free space or inodes on the uppers' file system",
     ("mkdir", errno_names.EEXIST): "it is already there: name another id, or undo the earlier mount",
     ("open_tree", errno_names.ENOSPC): "raise user.max_mnt_namespaces: each detached mount counts against it",

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from flatmount.errors import FlatmountError
+from flatmount.image.demo_layers import GONE, HOLDS
 from flatmount.kernel.namespaces import user_namespace
 from flatmount.kernel.start import check_start
 from flatmount.plan.mapping import Mapping
@@ -54,6 +56,20 @@ def test_layers_that_remove_and_replace_are_honoured_alike(flatmount: CommandLin
         flatmount("umount", str(target))
     assert seen["per-layer"] == seen["flat"]
     assert len(seen["flat"]) > 1000
+
+
+@pytest.mark.parametrize("strategy", ["per-layer", "common-parent", "detached", "flat"])
+def test_from_inside_what_layers_removed_is_gone_and_what_they_replaced_is_new(
+    flatmount: CommandLine, target: Path, strategy: str
+) -> None:
+    flatmount("mount", "demo", str(target), "--map", MAP, "--strategy", strategy, "--ephemeral")
+    namespace = user_namespace(Mapping.parse(MAP))
+    for number, (path, content) in enumerate(HOLDS.items()):
+        assert check_start(namespace, str(target), f"/{path}", f"/tmp/{number}").content == content
+    for path in GONE:
+        with pytest.raises(FlatmountError, match="No such file"):
+            check_start(namespace, str(target), f"/{path}", "/never")
+    flatmount("umount", str(target))
 
 
 def test_an_upper_outlives_its_mount_and_is_used_again(flatmount: CommandLine, target: Path) -> None:

@@ -59,8 +59,7 @@ def resident_kb(daemon: Daemon) -> int:
 def test_sigterm_ends_it_within_a_second_and_undoes_no_mount(daemon: Daemon, tmp_path: Path) -> None:
     with daemon.client() as client:
         top = commit_layers(client, tmp_path)
-        answer = client.prepare("container", top, mapping=RANGE)
-        with mounted(answer, tmp_path / "root") as root:
+        with mounted(client.prepare("container", top, mapping=RANGE), tmp_path / "root") as root:
             before = own_mounts(daemon)
             assert len(before) == 1
             assert daemon.stop() < 1
@@ -69,8 +68,8 @@ def test_sigterm_ends_it_within_a_second_and_undoes_no_mount(daemon: Daemon, tmp
             assert own_mounts(daemon) == before
             assert (root / "file-2").read_text() == "content\n"
             daemon.start()
-            with daemon.client() as again:
-                assert again.mounts("container") == answer
+            with daemon.client() as again, mounted(again.mounts("container"), tmp_path / "again") as other:
+                assert (other / "file-0").read_text() == "content\n"
                 assert own_mounts(daemon) == before
         with daemon.client() as again:
             again.clear()
@@ -348,10 +347,15 @@ def test_socket_activation_and_readiness(tmp_path: Path) -> None:
             process = subprocess.Popen(
                 command, env=environment, pass_fds=[listening.fileno()], stderr=subprocess.DEVNULL
             )
-            assert b"READY=1" in notified.recv(1000)
-            waiting.join(timeout=30)
-            process.terminate()
-            assert process.wait(timeout=10) == 0
+            try:
+                while b"READY=1" not in notified.recv(1000):
+                    pass
+                waiting.join(timeout=30)
+                process.terminate()
+                assert process.wait(timeout=10) == 0
+            finally:
+                process.kill()
+                process.wait()
             assert answered
             assert key in answered[0]
 

@@ -67,8 +67,7 @@ def test_an_oci_layout(store: Store, tmp_path: Path, packing: str, as_tar: bool)
     assert image.config.user == "1000:1000"
     assert image.config.cmd == ("/bin/sh",)
     assert [layer.entries for layer in image.layers] == [3, 3]
-    assert seen[-1].done_bytes == seen[-1].total_bytes
-    assert (seen[-1].layer, seen[-1].layers) == (2, 2)
+    assert {(at.layer, at.layers) for at in seen if at.done_bytes == at.total_bytes} == {(1, 2), (2, 2)}
 
 
 def test_a_docker_archive(store: Store, tmp_path: Path) -> None:

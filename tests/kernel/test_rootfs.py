@@ -15,9 +15,10 @@ from flatmount.kernel.namespaces import user_namespace
 from flatmount.kernel.start import check_start
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
-from flatmount.rootfs.assembler import Assembler
+from flatmount.rootfs.assembler import Assembler, Request, Rootfs
 from flatmount.rootfs.ranges import RangePool
 from flatmount.strategies import Attach, RootDirectory, RootfsSpec, Upper
+from tests.conftest import CANNOT
 
 MAPPING = Mapping.single(200000)
 STRATEGIES = ("per-layer", "common-parent", "detached", "flat")
@@ -29,6 +30,7 @@ def specification(**changes: object) -> RootfsSpec:
 
 
 def assembler(data: Path, facts: HostFacts, strategy: str, **changes: object) -> Assembler:
+    need(strategy, facts)
     spec = specification(**changes)
     uppers = data / "uppers" if spec.upper is not Upper.ELSEWHERE else data.parent / "elsewhere"
     uppers.mkdir(exist_ok=True)
@@ -47,10 +49,16 @@ def tree(path: Path) -> dict[str, tuple[int, int, int, bytes | None]]:
     return found
 
 
-@pytest.fixture(params=["6.15 and later", "before 6.15"])
+@pytest.fixture(params=["as it is", "without detached layers"])
 def either(request: pytest.FixtureRequest, facts: HostFacts) -> HostFacts:
-    """This kernel, and one whose overlayfs takes no detached layers."""
-    return facts if request.param == "6.15 and later" else dataclasses.replace(facts, detached_layers=False)
+    """This kernel, and as if its overlayfs took no detached layers (before Linux 6.15)."""
+    return facts if request.param == "as it is" else dataclasses.replace(facts, detached_layers=False)
+
+
+def need(strategy: str, facts: HostFacts) -> None:
+    """A strategy that this kernel truly has not is named, and left out."""
+    if strategy == "detached" and not facts.lowerdir_append:
+        pytest.skip(f"{CANNOT}overlayfs of this kernel does not know lowerdir+ (6.7)")
 
 
 @pytest.mark.parametrize("upper", [Upper.STORE, Upper.ELSEWHERE])
@@ -78,6 +86,8 @@ def test_a_container_sees_its_image_and_writes_only_to_its_upper(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_planned_executed_and_the_kernels_own_account_agree(data: Path, either: HostFacts, strategy: str) -> None:
     made = assembler(data, either, strategy)
+    if not either.mount_events:
+        pytest.skip(f"{CANNOT}this kernel has no mount events (6.15)")
     targets = [data.parent / f"targets/{i}" for i in range(10)]
     with MountEvents() as events:
         live = [made.assemble(Mapping.single(200000 + 65536 * i), f"c{i}", str(t)) for i, t in enumerate(targets)]
@@ -206,8 +216,48 @@ def test_hundreds_of_layers(data: Path, facts: HostFacts) -> None:
         (data / f"layers/n{i}").mkdir()
         (data / f"layers/n{i}/file{i}").write_text(str(i))
         names.append(f"layers/n{i}")
-    for strategy in ("per-layer", "common-parent", "detached"):
+    for strategy in ("per-layer", "common-parent", *(["detached"] if facts.lowerdir_append else [])):
         made = assembler(data, facts, strategy, layers=tuple(names))
         target = data.parent / "targets/one"
         with made.assemble(MAPPING, "one", str(target)):
             assert len(os.listdir(target)) == 500, strategy
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_many_at_once_and_the_one_that_fails_is_undone_alone(data: Path, either: HostFacts, strategy: str) -> None:
+    made = assembler(data, either, strategy)
+    targets = data.parent / "targets"
+    (targets / "c7").mkdir()
+    requests = [Request(Mapping.single(200000 + 65536 * i), f"c{i}", f"{targets}/c{i}") for i in range(20)]
+    before = mount_count()
+    answers = made.assemble_many(requests, at_once=4)
+    failed = [i for i, answer in enumerate(answers) if isinstance(answer, FlatmountError)]
+    assert failed == [7]
+    assert "mkdir" in str(answers[7])
+    assert mount_count() == before + 19
+    assert len(os.listdir(data / "uppers")) == 19
+    for i, answer in enumerate(answers):
+        if isinstance(answer, Rootfs):
+            assert (targets / f"c{i}/bin/tool").stat().st_uid == 200007 + 65536 * i
+            answer.undo()
+    assert os.listdir(targets) == ["c7"]
+    assert not os.listdir(data / "uppers")
+
+
+def test_a_failure_in_a_helper_namespace_does_not_strand_the_next_run(data: Path, facts: HostFacts) -> None:
+    old = dataclasses.replace(facts, detached_layers=False)
+    made = assembler(data, old, "flat", make_target=False)
+    targets = data.parent / "targets"
+    for i in range(6):
+        if i % 2:
+            (targets / f"c{i}").mkdir()
+    requests = [Request(MAPPING, f"c{i}", f"{targets}/c{i}") for i in range(6)]
+    answers = made.assemble_many(requests, at_once=1)
+    assert [isinstance(answer, Rootfs) for answer in answers] == [False, True] * 3
+    for answer in answers:
+        if isinstance(answer, Rootfs):
+            answer.undo()
+
+
+def test_no_requests_make_nothing(data: Path, facts: HostFacts) -> None:
+    assert assembler(data, facts, "flat").assemble_many([], at_once=2) == []

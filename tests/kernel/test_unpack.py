@@ -137,6 +137,15 @@ def test_a_whiteout_hides_lower_names_only(store: Store, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("first", [True, False])
+def test_whiteouts_beneath_a_directory_that_became_a_file(store: Store, tmp_path: Path, first: bool) -> None:
+    hidden, now = file("d/.wh.old"), file("d", "a file")
+    image = imported(
+        store, tmp_path, [file("d/old"), file("e")], [hidden, now] if first else [now, hidden], [file("e/.wh.x")]
+    )
+    assert listing(tree(store, image)) == ["d", "e"]
+
+
+@pytest.mark.parametrize("first", [True, False])
 def test_an_opaque_marker_works_wherever_it_comes(store: Store, tmp_path: Path, first: bool) -> None:
     marker, entries = file("d/.wh..wh..opq"), [file("d/new"), directory("d/sub"), file("d/sub/new")]
     upper = [directory("d"), *([marker, *entries] if first else [*entries, marker])]

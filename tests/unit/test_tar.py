@@ -186,7 +186,6 @@ BROKEN = {
     "unknown type": changed(PLAIN, 156, b"Z"),
     "ends in a header": PLAIN[:300],
     "ends in the content": PLAIN[:900],
-    "ends in the padding": PLAIN[:1300],
     "PAX record without a length": archive((member("a", pax_headers={"k": "v"}), b"")).replace(b"6 k=v\n", b"x k=v\n"),
     "PAX record past its end": archive((member("a", pax_headers={"k": "v"}), b"")).replace(b"6 k=v\n", b"9 k=v\n"),
     "extended header without its entry": archive((member("a", pax_headers={"k": "v"}), b""))[:1024] + bytes(1024),
@@ -218,3 +217,10 @@ def test_damage_never_escapes_as_anything_else() -> None:
             entries(bytes(data))
         except BadImage:
             continue
+
+
+def test_the_end_may_come_right_after_the_last_content() -> None:
+    whole = archive((member("a"), b"x"), (member("b"), b"content"))
+    assert entries(whole[: 3 * 512 + 7]) == entries(whole)
+    with pytest.raises(BadImage, match="within the content"):
+        entries(whole[: 3 * 512 + 6])

@@ -74,3 +74,13 @@ def whole(text: str, what: str, *, least: int, most: int) -> int:
     if not (text.isascii() and text.isdigit()) or not least <= int(text) <= most:
         raise UsageError(f"{what} {text!r} is not a whole number from {least} to {most}")
     return int(text)
+
+
+def size(number: int) -> str:
+    """Bytes for a person, in binary units."""
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
-from flatmount.cli.common import open_store, print_json, store_options
+from flatmount.cli import image_demo, image_pull
+from flatmount.cli.common import open_store, print_json, size, store_options
+from flatmount.cli.store import add_export
 from flatmount.errors import EXIT_FINE
 from flatmount.store import Progressed, Store, StoredImage
 
 _EXAMPLES = """examples:
   flatmount image import ./layout --name web     an OCI image layout: a directory or a tar archive
   flatmount image import saved.tar:app:1.2       one of several images that `docker save` wrote
+  flatmount image pull docker.io/library/debian:12
   flatmount image show web --json
+  flatmount image export web ./layout
   flatmount image remove web
 """
 
@@ -26,8 +28,8 @@ def add_parser(verbs: Any) -> None:
     """Add `image` and its sub-verbs to `verbs`, argparse's action for sub-parsers."""
     parser: argparse.ArgumentParser = verbs.add_parser(
         "image",
-        help="import, list, show and remove images",
-        description="Import, list, show and remove images.",
+        help="import, pull, list, show, export and remove images",
+        description="Import, pull, list, show, export and remove images.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -53,18 +55,9 @@ def add_parser(verbs: Any) -> None:
     store_options(removing)
     removing.set_defaults(run=_remove)
 
-    if importlib.util.find_spec("flatmount.cli.image_demo") is not None:
-        importlib.import_module("flatmount.cli.image_demo").add_parser(subverbs)
-
-
-def size(number: int) -> str:
-    """Bytes for a person, in binary units."""
-    value = float(number)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.1f} TiB"
+    add_export(subverbs)
+    image_pull.add_parser(subverbs)
+    image_demo.add_parser(subverbs)
 
 
 def facts(image: StoredImage) -> dict[str, Any]:

@@ -13,7 +13,31 @@ from flatmount import VERSION
 from flatmount.errors import EXIT_FAILED, EXIT_USAGE, FlatmountError, from_os_error
 
 # In the order in which `--help` shows them: look first, then images, then mounts, then measuring.
-_VERBS = ("probe", "image", "plan", "mount", "umount", "storm", "snapshotter")
+_VERBS = (
+    "doctor",
+    "probe",
+    "image",
+    "store",
+    "gc",
+    "fsck",
+    "plan",
+    "mount",
+    "umount",
+    "run",
+    "ps",
+    "exec",
+    "stop",
+    "remove",
+    "logs",
+    "storm",
+    "trace",
+    "leaks",
+    "profile",
+    "watch",
+    "cpu",
+    "snapshotter",
+    "containerd",
+)
 
 
 def parser() -> argparse.ArgumentParser:

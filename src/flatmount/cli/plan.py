@@ -8,12 +8,12 @@ import os
 from flatmount.cli.common import map_options, mapping_of, open_store, print_json, store_options
 from flatmount.errors import EXIT_FINE
 from flatmount.plan import Parameter, as_data, explain
-from flatmount.plan.operations import LAYERS
 from flatmount.rootfs.image import NEWEST, choose_for, probe_store
 from flatmount.store import Store, StoredImage
 from flatmount.strategies import (
     AUTO,
     NAMES,
+    PINNING,
     STRATEGIES,
     Choice,
     RootDirectory,
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> int:
         plan = STRATEGIES[choice.name](_specification(image, choice, read_only=args.read_only), facts)
         once = pin((Parameter.DATA,), facts, id_mapped=True)
         values = _values(store)
-    shared = once.operations if any(LAYERS in _slots(op) for op in plan.operations) else ()
+    shared = once.operations if choice.name in PINNING else ()
     if args.json:
         facts_said = {
             "image": image.digest,
@@ -76,10 +76,6 @@ def _run(args: argparse.Namespace) -> int:
     print(explain(plan, values))
     print(f"{len(plan.operations)} operations, {plan.mount_operations} of them mount operations")
     return EXIT_FINE
-
-
-def _slots(operation: object) -> tuple[object, ...]:
-    return tuple(getattr(operation, name) for name in operation.__dataclass_fields__)  # type: ignore[attr-defined]
 
 
 def _specification(image: StoredImage, choice: Choice, *, read_only: bool) -> RootfsSpec:

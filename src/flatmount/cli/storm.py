@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from flatmount.cli.common import open_store, run_directory, store_root_option, whole
 from flatmount.cli.image_demo import import_demo
+from flatmount.cli.storm_engines import ROOTFS, add_engine_options, refuse_engine_options, run_engines
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
 from flatmount.report.html import page
 from flatmount.report.text import render, wants_colour
@@ -62,6 +63,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("--uppers", metavar="DIR", help="where uppers go (default: a tmpfs of the storm's own)")
     parser.add_argument("--on-host", action="store_true", help="mount in the host's table, for all to see")
+    add_engine_options(parser)
     parser.add_argument("--seed", metavar="N", help="picks the files that are read (default: made up, and printed)")
     parser.add_argument("--json", metavar="FILE", help="write everything measured as JSON; - for standard output")
     parser.add_argument("--html", metavar="FILE", help="write a page that shows it")
@@ -70,6 +72,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.engine != ROOTFS:
+        return run_engines(args, progress_line(), _image)
+    refuse_engine_options(args)
     containers = whole(args.containers, "--containers", least=1, most=60000)
     seed = (
         random.SystemRandom().randrange(10**6) if args.seed is None else whole(args.seed, "--seed", least=0, most=10**9)
@@ -85,7 +90,7 @@ def _run(args: argparse.Namespace) -> int:
     with open_store(args, create=args.image is None) as store:
         for told in recover(run, store):
             print(f"flatmount: {told}", file=sys.stderr)
-        image = _demo(store, progress) if args.image is None else store.image(args.image)
+        image = _image(args, store, progress)
         facts = probe_store(store).facts
         strategies = _strategies(args.strategies, lambda: choose(AUTO, facts, flat_ready=True, layers=1).name)
         settings = Settings(
@@ -118,7 +123,9 @@ def _strategies(text: str, auto: Callable[[], str]) -> tuple[str, ...]:
     return names
 
 
-def _demo(store: Store, progress: Callable[[str], None]) -> StoredImage:
+def _image(args: argparse.Namespace, store: Store, progress: Callable[[str], None]) -> StoredImage:
+    if args.image is not None:
+        return store.image(args.image)
     known = next((image for image in store.images() if image.name == DEMO), None)
     return known or import_demo(store, layers=DEMO_LAYERS, name=DEMO, progress=progress)
 

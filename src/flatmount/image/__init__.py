@@ -2,7 +2,7 @@
 
 from flatmount.image.layer import LayerStream
 from flatmount.image.model import Descriptor, ImageConfig, Index, Manifest, Platform
-from flatmount.image.source import ImageSource, open_source
+from flatmount.image.source import ImageSource, image_names, open_source
 from flatmount.image.tar import TarReader
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Manifest",
     "Platform",
     "TarReader",
+    "image_names",
     "open_source",
 ]

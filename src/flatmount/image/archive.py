@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -56,9 +57,15 @@ class DockerArchive:
             paths,
         )
 
+    def expect(self, positions: Sequence[int], directory: str) -> None:
+        """See ImageSource.expect. Nothing has to be fetched."""
+
     def open_layer(self, position: int) -> BinaryIO:
         """See ImageSource.open_layer."""
         return _open(self.files, self.paths[position])
+
+    def give_up(self) -> None:
+        """See ImageSource.give_up. Nothing is waited for."""
 
     def close(self) -> None:
         """See ImageSource.close."""

@@ -131,6 +131,11 @@ class LayerStream:
                 data = decoder.unused_data or self._take()
                 if not data.strip(b"\0"):
                     return  # padding after the last member, as some writers leave it
+                while len(data) < 2 and (more := self._take()):
+                    data += more
+                if not data.startswith(_GZIP):
+                    # Another reader might take it for content.
+                    raise BadImage("something follows the compressed stream", hint="the image is malformed or hostile")
                 decoder = isal_zlib.decompressobj(16 + zlib.MAX_WBITS)
             elif not data and len(piece) < _CHUNK:
                 data = self._take()

@@ -88,10 +88,15 @@ class LayoutWriter:
         Returns: the manifest's descriptor.
         """
         rootfs = {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]}
+        return self.add_ready_image(_canonical_json({**config, "rootfs": rootfs}), layers, name=name)
+
+    def add_ready_image(self, config_raw: bytes, layers: Sequence[WrittenLayer], *, name: str = "") -> Descriptor:
+        """As `add_image`, with a configuration whose bytes, and so whose digest, stay what they are."""
+        config = json.loads(config_raw)
         manifest = {
             "schemaVersion": 2,
             "mediaType": OCI_MANIFEST,
-            "config": _as_json(self.add_json({**config, "rootfs": rootfs}, OCI_CONFIG)),
+            "config": _as_json(self.add_blob(config_raw, OCI_CONFIG)),
             "layers": [_as_json(layer.blob) for layer in layers],
         }
         blob = self.add_json(manifest, OCI_MANIFEST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
 
@@ -12,7 +13,7 @@ from flatmount.image import model
 from flatmount.image.archive import DockerArchive
 from flatmount.image.files import Files, open_files, read_document
 
-_NESTING = 4
+NESTING = 4  # indexes within indexes
 
 
 class ImageSource(Protocol):
@@ -34,8 +35,17 @@ class ImageSource(Protocol):
     def config_raw(self) -> bytes:
         """The bytes of the config."""
 
+    def expect(self, positions: Sequence[int], directory: str) -> None:
+        """These layers will be opened, mostly in this order: a place that is far away begins to fetch them.
+
+        What comes early is kept in unnamed files on the file system of `directory`.
+        """
+
     def open_layer(self, position: int) -> BinaryIO:
         """The bytes of layer `position` (0 is the lowest) as they are stored, not yet verified."""
+
+    def give_up(self) -> None:
+        """Whoever reads a layer need not wait any more: what has not come yet never will. Any thread may say so."""
 
     def close(self) -> None:
         """Give back what is open."""
@@ -51,6 +61,9 @@ class LayoutImage:
     config_raw: bytes
     files: Files
 
+    def expect(self, positions: Sequence[int], directory: str) -> None:
+        """See ImageSource.expect. Nothing has to be fetched."""
+
     def open_layer(self, position: int) -> BinaryIO:
         """See ImageSource.open_layer. Raises: BadImage, when the blob is missing or of another size."""
         layer = self.manifest.layers[position]
@@ -59,6 +72,9 @@ class LayoutImage:
         if file is None:
             raise _missing(self.files, layer.digest)
         return file
+
+    def give_up(self) -> None:
+        """See ImageSource.give_up. Nothing is waited for."""
 
     def close(self) -> None:
         """See ImageSource.close."""
@@ -74,9 +90,7 @@ def open_source(source: str, platform: model.Platform | None = None) -> ImageSou
 
     Raises: BadImage, FlatmountError.
     """
-    path, name = source, None
-    if not os.path.lexists(source) and ":" in source:
-        path, _, name = source.rpartition(":")
+    path, name = _split(source)
     files = open_files(path)
     try:
         if files.size("index.json") is not None:
@@ -90,6 +104,34 @@ def open_source(source: str, platform: model.Platform | None = None) -> ImageSou
     except BaseException:
         files.close()
         raise
+
+
+def image_names(path: str) -> tuple[str, ...]:
+    """What the images of the OCI image layout at `path` are called there; a digest for one without a name.
+
+    Raises: BadImage, FlatmountError.
+    """
+    files = open_files(path)
+    try:
+        raw = read_document(files, "index.json", model.DOCUMENT_BYTES)
+        if raw is None:
+            raise BadImage(f"{path} is not an OCI image layout: it has no index.json", hint="name another path")
+        top = model.index(raw, f"{path}: index.json")
+        images = [d for d in top.manifests if d.media_type in model.MANIFESTS | model.INDEXES]
+        return tuple(dict.fromkeys(d.ref_name or d.digest for d in images))
+    finally:
+        files.close()
+
+
+def _split(source: str) -> tuple[str, str | None]:
+    """PATH and NAME: at the first colon after something that exists, because names have colons as well."""
+    if os.path.lexists(source):
+        return source, None
+    for at, character in enumerate(source):
+        if character == ":" and os.path.lexists(source[:at]):
+            return source[:at], source[at + 1 :]
+    path, colon, name = source.rpartition(":")
+    return (path, name) if colon else (source, None)
 
 
 def check_layers(manifest: model.Manifest, config: model.ImageConfig, where: str) -> None:
@@ -128,7 +170,7 @@ def _layout(files: Files, name: str | None, platform: model.Platform) -> LayoutI
     ref_name = chosen.ref_name
     seen: set[str] = set()
     while chosen.media_type in model.INDEXES:
-        if chosen.digest in seen or len(seen) == _NESTING:
+        if chosen.digest in seen or len(seen) == NESTING:
             raise BadImage(f"{files.where}: index {chosen.digest} leads to itself", hint="the image is malformed")
         seen.add(chosen.digest)
         inner = model.index(_blob(files, chosen), f"{files.where}: index {chosen.digest}")
@@ -140,7 +182,7 @@ def _layout(files: Files, name: str | None, platform: model.Platform) -> LayoutI
     config_raw = _blob(files, manifest.config)
     config = model.image_config(config_raw, f"{files.where}: config {manifest.config.digest}")
     check_layers(manifest, config, where)
-    _check_platform(config, platform, where)
+    check_platform(config, platform, where)
     for layer in manifest.layers:
         _require_blob(files, layer)
     return LayoutImage(ref_name, manifest, config, config_raw, files)
@@ -164,7 +206,8 @@ def _named(files: Files, top: model.Index, name: str | None, platform: model.Pla
     return images[0] if len(images) == 1 else select(images, platform, files.where)
 
 
-def _check_platform(config: model.ImageConfig, platform: model.Platform, where: str) -> None:
+def check_platform(config: model.ImageConfig, platform: model.Platform, where: str) -> None:
+    """The config must be for `platform`, or not say. Raises: BadImage."""
     wanted = (platform.os, platform.architecture)
     if (config.os or platform.os, config.architecture or platform.architecture) != wanted:
         raise BadImage(

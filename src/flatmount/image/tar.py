@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Callable, Iterator
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from flatmount.errors import BadImage
 
@@ -80,8 +80,9 @@ _XATTR: Final = b"SCHILY.xattr."
 class _Input:
     """Exact reads on top of a stream that returns what it has."""
 
-    def __init__(self, read: Callable[[int], bytes]) -> None:
+    def __init__(self, read: Callable[[int], bytes], keep: Callable[[bytes | memoryview], None]) -> None:
         self._read = read
+        self._keep = keep
         self._chunk = memoryview(b"")
         self._at = 0
         self.position = 0
@@ -93,8 +94,10 @@ class _Input:
             part = self._chunk[self._at : end].tobytes()
             self._at = end
             self.position += size
-            return part
-        return b"".join(self.pieces(size))
+        else:
+            part = b"".join(self.pieces(size))
+        self._keep(part)
+        return part
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """The next `size` bytes without copying them; ends early only at the end of the stream."""
@@ -111,15 +114,28 @@ class _Input:
             yield piece
 
 
+class Recorder(Protocol):
+    """Is told every byte of an archive, in order."""
+
+    def raw(self, data: bytes | memoryview) -> None:
+        """Bytes that are in no claimed content."""
+
+    def content(self, path: bytes, stored: int) -> None:
+        """The content of the current entry, `stored` bytes, which was claimed as `path`."""
+
+
 class TarReader:
     """Iterates over the entries of a stream; `data()` gives the content of the one that was just returned.
 
-    `read(n)` returns at most n bytes, none at the end. Errors are BadImage, with the entry's position in the
-    archive.
+    `read(n)` returns at most n bytes, none at the end. `recorder` is told all bytes but contents that are
+    claimed. Errors are BadImage, with the entry's position in the archive.
     """
 
-    def __init__(self, read: Callable[[int], bytes]) -> None:
-        self._input = _Input(read)
+    def __init__(self, read: Callable[[int], bytes], recorder: Recorder | None = None) -> None:
+        self._recorder = recorder
+        self._keep: Callable[[bytes | memoryview], None] = _forget if recorder is None else recorder.raw
+        self._input = _Input(read, self._keep)
+        self._claimed = False
         self._left = 0
         self._padding = 0
         self._last = b""
@@ -139,8 +155,15 @@ class TarReader:
             self._left = entry.stored
             self._padding = -entry.stored % BLOCK
             self._last = entry.name
+            self._claimed = False
             yield entry
         self._drain()
+
+    def claim(self, path: bytes) -> None:
+        """The content of the current entry will be in the file `path`: the recorder need not keep it."""
+        self._claimed = True
+        if self._recorder is not None and self._left:
+            self._recorder.content(path, self._left)
 
     def data(self) -> Iterator[memoryview]:
         """The stored bytes of the current entry, in order; of a sparse file those of its extents."""
@@ -149,6 +172,8 @@ class TarReader:
             for piece in self._input.pieces(self._left):
                 got = True
                 self._left -= len(piece)
+                if not self._claimed:
+                    self._keep(piece)
                 yield piece
             if not got:
                 raise self._bad("the archive ends within the content")
@@ -166,13 +191,17 @@ class TarReader:
     def _skip(self) -> None:
         for _ in self.data():
             pass
-        if len(self._input.take(self._padding)) != self._padding:
-            raise self._bad("the archive ends within the content")
+        # umoci ends an archive right after the last content; what is missing is nothing but zeros.
+        self._input.take(self._padding)
         self._padding = 0
 
     def _drain(self) -> None:
         """Whatever follows the end belongs to the digest and to nothing else."""
-        if sum(map(len, self._input.pieces(TRAILING_BYTES + 1))) > TRAILING_BYTES:
+        trailing = 0
+        for piece in self._input.pieces(TRAILING_BYTES + 1):
+            trailing += len(piece)
+            self._keep(piece)
+        if trailing > TRAILING_BYTES:
             raise self._bad(f"more than {TRAILING_BYTES} bytes after the end of the archive")
 
     def _extension(self, header: bytes) -> bytes:
@@ -396,6 +425,10 @@ class TarReader:
                     raise self._bad("a sparse map without end")
         lines = text.split(b"\n")[1 : 2 * count + 1]
         return [self._decimal(line, "a sparse map") for line in lines], used
+
+
+def _forget(data: bytes | memoryview) -> None:
+    pass
 
 
 def show(name: bytes) -> str:

@@ -28,6 +28,29 @@ class Program:
         kernel's own message, the output descriptors (the caller's now) and nanoseconds for each operation as native
         uint32.
         """
+    def burst(
+        self,
+        runs: tuple[tuple[tuple[int, ...], tuple[bytes, ...], tuple[int, int, int, int]], ...],
+        crew: int,
+        copies: int,
+        template: int,
+    ) -> tuple[int, tuple[int, ...], tuple[tuple[tuple[int, int, int, int, str], int], ...]]:
+        """Start many runs at the same moment on `crew` threads of their own, in the calling thread's mount namespace.
+
+        Each run is what `run` takes; where `copies` is not 0, a task copies the mount namespace so often after it, from
+        the namespace `template` or (-1) from the host's, and ends. A failed run is not undone, and outputs are closed.
+        Returns nanoseconds until all threads had ended, until each run (and its copies) was done, and for each run
+        (operations done, mount operations done, place of the failure, errno, the kernel's message) with the errno of
+        its copies. Raises OSError where the threads cannot be made.
+        """
+
+    def run_many(
+        self, jobs: list[tuple[tuple[int, ...], tuple[bytes, ...], tuple[int, int, int, int]]], threads: int
+    ) -> list[tuple[int, int, int, int, str, tuple[int, ...], bytes]]:
+        """Run the program once for each job, `threads` at a time, on native threads; as `run` for each.
+
+        The interpreter's lock is released once for all of them.
+        """
 
 def adopt_thread() -> None:
     """Give the calling thread a working directory of its own, for good (unshare(CLONE_FS)).
@@ -47,10 +70,10 @@ def empty_mount_namespace() -> int:
 def try_open_tree_attr() -> int:
     """The errno of an `open_tree_attr` on no descriptor: ENOSYS where the kernel lacks the call (before 6.15)."""
 
-def user_namespace(uid_map: bytes, gid_map: bytes) -> int:
-    """Make a user namespace with these maps (the text of /proc/PID/uid_map) and return a descriptor of it.
+def user_namespaces(maps: list[tuple[bytes, bytes]], threads: int) -> list[int]:
+    """Make a user namespace for each pair of uid and gid maps (the text of /proc/PID/uid_map); returns descriptors.
 
-    Nothing is forked: a task that shares our memory holds the namespace until the descriptor is open.
+    Nothing is forked: a task that shares our memory holds each namespace until its descriptor is open. All or none.
     Raises OSError: EPERM without CAP_SETUID/CAP_SETGID, EINVAL for a map the kernel refuses, ENOSPC at
     user.max_user_namespaces.
     """
@@ -92,3 +115,32 @@ def copy_tree(
     from_fd: int, to_fd: int, uids: Sequence[tuple[int, int, int]], gids: Sequence[tuple[int, int, int]], /
 ) -> int: ...
 def sync_filesystem(fd: int, /) -> None: ...
+
+# locks.c. Kinds of locks by number: flatmount.cpu.locks.Kind.
+
+def contend_for_lock(
+    kind: int, cpus: tuple[int, ...], preheat_ns: int, run_ns: int, sample: int, /
+) -> tuple[tuple[tuple[int, int, int, int, int, bytes], ...], int]:
+    """Let one thread pinned to each of `cpus` take one lock again and again for `run_ns` after `preheat_ns`.
+
+    Returns for each thread: sections, those whose lock came from another processor, a reader's repeats, nanoseconds it
+    counted, whether it was moved to another processor, and every `sample`-th section's nanoseconds (uint32; 0: none);
+    and how many exclusive sections were lost, which is 0 for a lock that excludes.
+    Raises OSError: EINVAL for a processor that is offline or not allowed.
+    """
+
+def ping_pong(
+    cpu: int, other: int, home: int, batches: int, rounds: int, limit_ns: int, /
+) -> tuple[list[float], int, int]:
+    """Send one cache line of a fresh page, first touched by the processor `home`, to and fro between two others.
+
+    Returns the one-way nanoseconds of each batch that was finished within `limit_ns`, the NUMA node of the page (-1:
+    not known), and whether a thread was moved. Raises OSError as above.
+    """
+
+def pause_ns() -> float: ...
+def open_file_in_root(root_fd: int, path: bytes, /) -> int:
+    """Open a regular file for reading, looked up inside `root_fd` as if that were the root directory.
+
+    Raises OSError: EINVAL for what is no regular file, which is then never opened.
+    """

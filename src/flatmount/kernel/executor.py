@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from flatmount.errors import FlatmountError, OperationFailed
 from flatmount.kernel import _native
@@ -16,9 +16,11 @@ from flatmount.plan.undo import undo
 
 NO_IDS = (0, 0, 0, 0)
 
+# What one run of a plan is given: lent descriptors and parameters in the plan's order, and ids of the host.
+Job = tuple[tuple[int, ...], tuple[bytes, ...], tuple[int, int, int, int]]
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+
+class Outcome(NamedTuple):
     """What a run did. `outputs` are descriptors that belong to the caller now, in the order of the plan's outputs."""
 
     done: int
@@ -59,6 +61,11 @@ class Executable:
         """The descriptors a run must be lent."""
         return self._lent
 
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The strings a run must be given."""
+        return self._parameters
+
     def run(
         self,
         lent: Mapping[Slot, int],
@@ -78,20 +85,57 @@ class Executable:
 
         Kernel: 5.2 for the mount API (each operation names its own first version), CAP_SYS_ADMIN.
         """
-        done, counted, failed_at, code, message, outputs, raw = self._program.run(
-            tuple([lent[slot] for slot in self._lent]),
-            tuple([os.fsencode(parameters[name]) for name in self._parameters]),
-            ids,
-        )
+        return self.run_in_order(*self.job(lent, parameters, ids))
+
+    def job(
+        self,
+        lent: Mapping[Slot, int],
+        parameters: Mapping[Parameter, str],
+        ids: tuple[int, int, int, int] = NO_IDS,
+    ) -> Job:
+        """The arguments of a run in the order of `needs` and `parameters`, for `run_many`."""
+        descriptors = tuple([lent[slot] for slot in self._lent])
+        return descriptors, tuple([os.fsencode(parameters[name]) for name in self._parameters]), ids
+
+    def run_in_order(
+        self, lent: tuple[int, ...], parameters: tuple[bytes, ...], ids: tuple[int, int, int, int]
+    ) -> Outcome:
+        """As `run`, for a caller that runs the plan often: arguments in the order of `needs` and `parameters`."""
+        outcome = self._outcome((lent, parameters, ids), self._program.run(lent, parameters, ids))
+        if outcome.failure is None or self.plan.keep_going:
+            return outcome
+        try:
+            raise outcome.failure
+        finally:
+            # The failure's traceback holds this frame: with the outcome in it, a cycle would keep all of the callers'
+            # descriptors open until the collector comes by.
+            del outcome
+
+    def run_many(self, jobs: list[Job], *, at_once: int) -> list[Outcome]:
+        """Run the plan once for each job, `at_once` at a time, on threads of the executor's own.
+
+        Python is out of the way until the last one is done: two Python threads that start containers wait for each
+        other's turns at the interpreter, these do not. Outcomes come in the order of the jobs; one that failed is
+        undone and carries its failure.
+        """
+        return [
+            self._outcome(job, answer) for job, answer in zip(jobs, self._program.run_many(jobs, at_once), strict=True)
+        ]
+
+    def _outcome(self, job: Job, answer: tuple[int, int, int, int, str, tuple[int, ...], bytes]) -> Outcome:
+        done, counted, failed_at, code, message, outputs, raw = answer
         if not code:
             return Outcome(done, counted, outputs, raw)
-        failure = self._failure(failed_at, code, message, parameters)
+        lent, parameters, ids = job
+        strings = dict(zip(self._parameters, map(os.fsdecode, parameters), strict=True))
+        failure = self._failure(failed_at, code, message, strings)
         if self.plan.keep_going:
             return Outcome(done, counted, outputs, raw, failure)
-        left = Executable(undo(self.plan, done)).run(lent, parameters, ids).failure
+        descriptors = dict(zip(self._lent, lent, strict=True))
+        left = Executable(undo(self.plan, done)).run(descriptors, strings, ids).failure
         if left is not None:
             raise FlatmountError(f"{failure}; and undoing failed: {left}", hint=failure.hint) from failure
-        raise failure
+        return Outcome(done, counted, (), raw, failure)
 
     def _failure(self, at: int, code: int, message: str, parameters: Mapping[Parameter, str]) -> OperationFailed:
         operations = self.plan.operations

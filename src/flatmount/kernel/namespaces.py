@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from weakref import WeakValueDictionary
 
 from flatmount.kernel import _native
@@ -43,13 +44,21 @@ def user_namespace(mapping: Mapping) -> Namespace:
     Raises: OSError (ENOSPC at user.max_user_namespaces, EPERM without the capabilities).
     Kernel: 3.8; more than five ranges 4.15. See: user_namespaces(7).
     """
+    return user_namespaces((mapping,))[0]
+
+
+def user_namespaces(mappings: Sequence[Mapping], *, at_once: int = 1) -> list[Namespace]:
+    """As `user_namespace` for each of several mappings, those that must be made `at_once` at a time."""
     with _lock:
-        known = _user_namespaces.get(mapping)
-    if known is not None:
-        return known
-    made = Namespace(_native.user_namespace(_map_text(mapping.uids), _map_text(mapping.gids)))
-    with _lock:
-        return _user_namespaces.setdefault(mapping, made)
+        held = {mapping: namespace for mapping in mappings if (namespace := _user_namespaces.get(mapping)) is not None}
+    missing = [mapping for mapping in dict.fromkeys(mappings) if mapping not in held]
+    if missing:
+        texts = [(_map_text(mapping.uids), _map_text(mapping.gids)) for mapping in missing]
+        made = [Namespace(fd) for fd in _native.user_namespaces(texts, at_once)]
+        with _lock:
+            for mapping, namespace in zip(missing, made, strict=True):
+                held[mapping] = _user_namespaces.setdefault(mapping, namespace)
+    return [held[mapping] for mapping in mappings]
 
 
 def _map_text(ranges: tuple[IdRange, ...]) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from flatmount.errors import FlatmountError
+from flatmount.errors import FlatmountError, MissingFeature, OperationFailed
 from flatmount.kernel import _native
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import MountEvents, TableSource, table_source
@@ -29,6 +29,7 @@ from flatmount.plan.operations import (
     Fchdir,
     FsConfigCreate,
     FsConfigFd,
+    FsConfigFlag,
     FsConfigString,
     FsOpen,
     MountPlan,
@@ -188,6 +189,15 @@ def _attempts(scratch: str, namespace: Namespace) -> dict[str, Callable[[], obje
         finally:
             os.close(pinned)
 
+    def lowerdir_append() -> None:
+        run(context, FsConfigString(_CONTEXT, "lowerdir+", f"{scratch}/a"))()
+        # Before 6.5 overlayfs keeps what it is given as one string and looks at it only when it mounts.
+        try:
+            run(context, FsConfigFlag(_CONTEXT, "flatmount-no-such-option"))()
+        except OperationFailed:
+            return
+        raise MissingFeature("overlayfs takes any option before it mounts: the parser before Linux 6.5")
+
     lower = Slot("lower")
     return {
         "idmapped_mounts": run(*clone),
@@ -195,7 +205,7 @@ def _attempts(scratch: str, namespace: Namespace) -> dict[str, Callable[[], obje
         "idmapped_upper": run(
             *attach, AssumeIds(), *overlay(lowerdir="a", upperdir="uppers/fs", workdir="uppers/work"), detach
         ),
-        "lowerdir_append": run(context, FsConfigString(_CONTEXT, "lowerdir+", f"{scratch}/a")),
+        "lowerdir_append": lowerdir_append,
         "layer_descriptors": run(context, Open(lower, f"{scratch}/a"), FsConfigFd(_CONTEXT, "lowerdir+", lower)),
         "detached_layers": detached_layers,
     }

@@ -44,6 +44,7 @@ _COUNTS = 2
 _RUN_IDS = 4
 _KEEP_GOING = 1
 _AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +139,10 @@ def _record(operation: Operation, strings: _Strings, numbers: dict[Slot, int]) -
     match operation:
         case op.Mkdir(path, mode):
             s1, x = text(path), mode
-        case op.Rmdir(path) | op.Chdir(path):
+        case op.Chdir(path):
             s1 = text(path)
+        case op.Rmdir(path, if_empty):
+            s1, flags = text(path), flags | (_TOLERATE if if_empty else 0)
         case op.ReadFile(path):
             s1, flags = text(path), flags | _TOLERATE
         case op.Chown(path, RunIds()):
@@ -150,11 +153,12 @@ def _record(operation: Operation, strings: _Strings, numbers: dict[Slot, int]) -
             s1, y = text(path), mtime_ns & 0xFFFFFFFFFFFFFFFF
         case op.Open(slot, path, at):
             out, s1, a = numbers[slot], text(path), -1 if at is None else numbers[at]
-        case op.OpenTree(slot, path, at):
+        case op.OpenTree(slot, path, at, recursive):
             out, s1, a = numbers[slot], text(path), -1 if at is None else numbers[at]
-            x = _AT_EMPTY_PATH if path == "" else 0
-        case op.MountSetattr(tree, attributes, userns):
+            x = (_AT_EMPTY_PATH if path == "" else 0) | (_AT_RECURSIVE if recursive else 0)
+        case op.MountSetattr(tree, attributes, userns, recursive):
             a, b, y = numbers[tree], -1 if userns is None else numbers[userns], int(attributes)
+            x = _AT_RECURSIVE if recursive else 0
         case op.MoveMount(tree, target):
             a, s1 = numbers[tree], text(target)
         case op.FsOpen(slot, fstype):

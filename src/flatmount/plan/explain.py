@@ -69,6 +69,8 @@ def _details(operation: Operation, values: Values | None) -> Iterator[str]:
     match operation:
         case op.Mkdir(_, mode):
             yield f"mode {mode:04o}"
+        case op.Rmdir(_, True):
+            yield "if it is empty"
         case op.Chown(_, owner):
             yield f"owner {owner[0]}:{owner[1]}" if isinstance(owner, tuple) else f"owner: {owner.value}"
         case op.MountSetattr(_, attributes, userns):

@@ -21,7 +21,9 @@ class Parameter(Enum):
     UPPER = "UPPER"  # the container's name, and that of its own directory there, which holds `fs` and `work`
     SCRATCH = "SCRATCH"  # a path nobody else uses, beginning of the names of temporary mount points
     DATA = "DATA"  # the store's data directory, the parent of all layers
-    RANGE = "RANGE"  # where a range's parent is attached, in a helper namespace
+    RANGE = "RANGE"  # where a range's parent is to be attached, in a helper namespace
+    LAYERS_AT = "LAYERS_AT"  # where LAYERS is attached, in a helper namespace
+    UPPERS_AT = "UPPERS_AT"  # where UPPERS is attached, in a helper namespace
 
 
 Text = str | tuple[str | Parameter, ...]
@@ -89,7 +91,10 @@ class Mkdir:
 
 @dataclass(frozen=True, slots=True)
 class Rmdir:
+    """Remove an empty directory; with `if_empty`, one that holds something stays without being an error."""
+
     path: Text
+    if_empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +127,22 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class OpenTree:
-    """Clone the mount at a path, detached; takes `namespace_sem` for writing."""
+    """Clone the mount at a path, detached, with what is mounted below if `recursive`; `namespace_sem` for writing."""
 
     out: Slot
     path: Text
     at: Slot | None = None
+    recursive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class MountSetattr:
-    """Id-map a detached mount (`userns`), and set attributes."""
+    """Id-map a detached mount (`userns`), and set attributes; of all mounts in it if `recursive`."""
 
     tree: Slot
     attributes: MountAttribute = MountAttribute.NONE
     userns: Slot | None = None
+    recursive: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,8 @@ def undo(plan: MountPlan, done: int | None = None) -> MountPlan:
                 order.remove(Unmount(target, UnmountFlag.NOFOLLOW))
             case Mkdir(path, _):
                 made.append(path)
-                order.append(Rmdir(path))
+                order.append(Rmdir(path, if_empty=True))
             case Rmdir(path) if path in made:
                 made.remove(path)
-                order.remove(Rmdir(path))
+                order.remove(Rmdir(path, if_empty=True))
     return MountPlan(tuple(reversed(order)), keep_going=True)

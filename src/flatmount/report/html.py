@@ -6,13 +6,13 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from flatmount.report.style import style_of, style_sheet
+from flatmount.report.page import Cell, Row, document, plain_table, scroll, section
+from flatmount.report.style import style_of
 from flatmount.report.svg import Axis, Bar, Point, Series, bar_chart, line_chart, thinned
 from flatmount.storm.results import RunResult, StormReport, percentile
 from flatmount.storm.summary import Spread, StrategySummary, Summary, figure, sentence, summary
 
 _MOST_POINTS = 600
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _METHOD = """<footer>How to read this<ul>
 <li>Percentiles are nearest-rank: always a value that was measured. The p99 of fewer than 100 values is their
@@ -21,9 +21,6 @@ maximum.</li>
 <li>Ratios hold for this machine, kernel and image. Locks cost more with more processors, sockets and mounts:
 measure there.</li>
 </ul></footer>"""
-
-Cell = str
-Row = Sequence[Cell]
 
 
 def page(report: StormReport) -> str:
@@ -42,14 +39,7 @@ def page(report: StormReport) -> str:
             _phases(report, outcome),
         ]
     sections += [_facts(report), _runs(report), _METHOD]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f"<title>{escape(title)}</title>\n<style>{style_sheet(names)}</style>\n</head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body>\n</html>\n"
-    )
+    return document(title, names, sections)
 
 
 def _header(report: StormReport, title: str) -> str:
@@ -120,11 +110,11 @@ def _rates(report: StormReport, outcome: Summary) -> str:
     ]
     if report.settings.watchers:
         heads.append("watchers' CPU|s")
-    return _section(
+    return section(
         "Starts per second",
         "A container counts as started when a file of its image was read and a new one written from inside "
         "its user namespace. Whiskers span the repeats; ratios are taken within a repeat.",
-        _scroll(chart) + _table(outcome, heads, rows),
+        scroll(chart) + _table(outcome, heads, rows),
     )
 
 
@@ -142,11 +132,11 @@ def _latencies(report: StormReport, outcome: Summary) -> str:
         [*(_number(percentile(values, q)) for q in (50, 90, 99, 100)), _failed(entry.failed)]
         for entry, values in zip(outcome.strategies, pooled, strict=True)
     ]
-    return _section(
+    return section(
         "Latency of a start",
         "The share of containers that had started within a time, all repeats together. A line that ends "
         "below 100 % lacks the containers that failed.",
-        _legend(outcome) + _scroll(chart) + _table(outcome, ["p50|ms", "p90|ms", "p99|ms", "max|ms", "failed|"], rows),
+        _legend(outcome) + scroll(chart) + _table(outcome, ["p50|ms", "p90|ms", "p99|ms", "max|ms", "failed|"], rows),
     )
 
 
@@ -181,12 +171,12 @@ def _operations(report: StormReport, outcome: Summary) -> str:
         )
     heads = [f"{name}|per container" for name in ("planned", "executed", "kernel's count", "undoing")]
     heads.append("once a range|in all")
-    return _section(
+    return section(
         "Mount operations per container",
         "Operations that attach or detach a mount, each of them under locks that all of the machine shares."
         " Planned is what the plan says, executed what the executor did, and the kernel's count its own "
         "attach and detach events.",
-        _scroll(bar_chart("Mount operations per container", bars, axis)) + _table(outcome, heads, rows),
+        scroll(bar_chart("Mount operations per container", bars, axis)) + _table(outcome, heads, rows),
     )
 
 
@@ -213,7 +203,7 @@ def _table_over_time(report: StormReport, outcome: Summary) -> str:
         lambda values: Axis.linear("mounts more than before", values),
         stepped=True,
     )
-    return _section(
+    return section(
         "The mount table",
         "Mounts in the storm's namespace beyond those that were there before, in the repeat with the median"
         " wall time; sampled fifty times a second. Whoever watches the table reads all of it again at each "
@@ -235,7 +225,7 @@ def _probe_over_time(report: StormReport, outcome: Summary) -> str:
         lambda values: Axis.logarithmic("milliseconds of a round", values),
         dots=True,
     )
-    return _section(
+    return section(
         "A health check beside it",
         "Ten times a second a process of its own reads the mount table and starts a program; its time "
         "counts from when the round was due. The chart shows the repeat with the median wall time, the "
@@ -250,7 +240,7 @@ def _phases(report: StormReport, outcome: Summary) -> str:
         phases = [run.phases_ms for run in _runs_of(report, entry)]
         columns = [[getattr(phase, name) for phase in phases] for name in ("user_namespace", "plan", "execute", "undo")]
         rows.append([_number(spread.median if (spread := Spread.of(column)) else None) for column in columns])
-    return _section(
+    return section(
         "Where the time of a start goes",
         "Medians over the containers of a repeat, and of those over the repeats. Undoing comes after the "
         "start and is no part of its latency.",
@@ -320,7 +310,7 @@ def _runs(report: StormReport) -> str:
     listed = "".join(f"<li>{escape(text)}</li>" for text in failures)
     said = f"<section><h2>What failed</h2><ul>{listed}</ul></section>" if listed else ""
     order = "<h2>Every run</h2><p>In the order in which they ran.</p>"
-    return f"<section>{order}{_plain_table(heads, rows)}</section>{said}"
+    return f"<section>{order}{plain_table(heads, rows)}</section>{said}"
 
 
 def _over_time(
@@ -341,7 +331,7 @@ def _over_time(
     ends = [at for one in series for at, _ in one.points[-1:]]
     x = Axis.linear("seconds since the storm began", [*ends, *(run.wall_s for run in typical)])
     y = axis([value for one in series for _, value in one.points])
-    return _legend(outcome) + _scroll(line_chart(label, series, x, y, stepped=stepped, dots=dots))
+    return _legend(outcome) + scroll(line_chart(label, series, x, y, stepped=stepped, dots=dots))
 
 
 def _typical(runs: Sequence[RunResult]) -> RunResult:
@@ -366,14 +356,6 @@ def _range(entry: StrategySummary) -> tuple[float, float] | tuple[None, None]:
     return (rates.low, rates.high) if entry.repeats > 1 else (None, None)
 
 
-def _section(head: str, text: str, body: str) -> str:
-    return f"<section><h2>{escape(head)}</h2><p>{escape(text)}</p><figure>{body}</figure></section>"
-
-
-def _scroll(chart: str) -> str:
-    return f'<div class="scroll">{chart}</div>'
-
-
 def _legend(outcome: Summary) -> str:
     entries = "".join(
         f'<li class="{style_of(index)}"><svg viewBox="0 0 30 10" aria-hidden="true">'
@@ -389,18 +371,7 @@ def _table(outcome: Summary, heads: Sequence[str], rows: Sequence[Row]) -> str:
         [f'<i class="{style_of(index)}"></i>{escape(entry.strategy)}', *row]
         for index, (entry, row) in enumerate(zip(outcome.strategies, rows, strict=True))
     ]
-    return _plain_table(["strategy", *heads], named)
-
-
-def _plain_table(heads: Sequence[str], rows: Sequence[Row]) -> str:
-    top = "".join(f'<th scope="col">{_head(head)}</th>' for head in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _head(head: str) -> str:
-    name, _, unit = head.partition("|")
-    return escape(name) + (f"<small>{escape(unit)}</small>" if unit else "")
+    return plain_table(["strategy", *heads], named)
 
 
 def _number(value: float | None) -> Cell:

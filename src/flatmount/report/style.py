@@ -59,6 +59,9 @@ svg text.value {
 }
 .dot { fill: var(--c); }
 .bar { fill: var(--c); }
+svg.flame { min-width: 60rem; }
+svg.flame text { fill: #1a1a1a; font: 11px ui-monospace, "Liberation Mono", monospace; pointer-events: none; }
+svg.flame .cool rect { fill: #e6c48f; } svg.flame .hot rect { fill: #f0694d; } svg.flame .grace rect { fill: #b4bcc8; }
 .range { fill: none; stroke: var(--ink); stroke-width: 1.4; }
 ul.legend {
   display: flex; flex-wrap: wrap; gap: .2rem 1.4rem; margin: .2rem 0 .5rem; padding: 0; list-style: none;
@@ -94,7 +97,7 @@ footer li { margin: .25rem 0; } footer ul { padding-left: 1.1rem; margin: .4rem 
   h2 { margin-top: 1.6rem; }
   h2, .legend { break-after: avoid; } figure, section, .tile, tr { break-inside: avoid; }
   .scroll { overflow: visible; } svg { min-width: 0; width: 84%; }
-  .bar, .dot, td i { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .bar, .dot, td i, svg.flame rect { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 from types import TracebackType
+from typing import NamedTuple
 
-from flatmount.errors import InUse, OperationFailed
-from flatmount.kernel.executor import Executable, Outcome
+from flatmount.errors import FlatmountError, InUse, OperationFailed
+from flatmount.kernel.executor import Executable, Job, Outcome
 from flatmount.kernel.tree import remove_tree
 from flatmount.plan.mapping import Mapping
 from flatmount.plan.operations import (
-    HELPER,
-    HOME,
     LAYERS,
     UPPERS,
     USER_NAMESPACE,
@@ -27,19 +27,25 @@ from flatmount.plan.operations import (
     UnmountFlag,
 )
 from flatmount.rootfs.ranges import Range, RangePool
-from flatmount.strategies import STRATEGIES, Attach, Ids, RootfsSpec, Upper, upper_ids
+from flatmount.strategies import PINNING, STRATEGIES, Attach, Ids, RootfsSpec, Upper, upper_ids
 
 _UNATTACH = Unmount((Parameter.TARGET,), UnmountFlag.NOFOLLOW)
-_PINNING = ("detached", "flat")
 
 
-@dataclass(frozen=True, slots=True)
-class Phases:
+class Phases(NamedTuple):
     """Nanoseconds of an assembly: the range (made or found), what the run is given, and the run itself."""
 
     range_ns: int
     plan_ns: int
     execute_ns: int
+
+
+class Request(NamedTuple):
+    """One of many root file systems that are built together; arguments as of Assembler.assemble."""
+
+    mapping: Mapping
+    name: str
+    target: str = ""
 
 
 @dataclass(slots=True)
@@ -78,6 +84,8 @@ class Rootfs:
 class Assembler:
     """Makes root file systems of one image by one strategy. The plan is made once and runs for each container.
 
+    `pins` says whether a range's parent is pinned for it.
+
     Safe to use from any number of threads.
     """
 
@@ -97,23 +105,21 @@ class Assembler:
         self.spec = spec
         self.strategy = strategy
         self.plan = STRATEGIES[strategy](spec, pool.facts)
-        self.ids = upper_ids(spec, pool.facts) if strategy in _PINNING else Ids.HOST
+        self.ids = upper_ids(spec, pool.facts) if strategy in PINNING else Ids.HOST
         self.ephemeral = ephemeral
         self.uppers = uppers
         self._pool = pool
         self._scratch = scratch
         self._executable = Executable(self.plan)
-        self._needs = frozenset(self._executable.needs)
+        self._given = frozenset(self._executable.parameters)
+        self.pins = LAYERS in self._executable.needs or Parameter.LAYERS_AT in self._given
+        self._uppers = os.fsencode(uppers)
+        self._data = os.fsencode(pool.data)
         undoing: list[Operation] = [_UNATTACH] if spec.attach is Attach.HOST else []
         if undoing and spec.make_target:
             undoing.append(Rmdir((Parameter.TARGET,)))
         self._undo = Executable(MountPlan(tuple(undoing), keep_going=True))
         self._writes = spec.upper is not Upper.NONE
-
-    @property
-    def needs(self) -> frozenset[Slot]:
-        """The descriptors that its plan is lent."""
-        return self._needs
 
     def assemble(self, mapping: Mapping, name: str, target: str = "") -> Rootfs:
         """Build one root file system.
@@ -125,44 +131,88 @@ class Assembler:
 
         Raises: OperationFailed, with everything undone; MappingError where the image's root has no host id.
         """
-        spec = self.spec
         asked_ns = perf_counter_ns()
         shared = self._pool.get(mapping)
         lent = self._lend(shared)
         lent_ns = perf_counter_ns()
-        uid = mapping.host_uid(spec.root.uid)
-        gid = mapping.host_gid(spec.root.gid)
-        ids = (mapping.uids[0].host, mapping.gids[0].host, uid, gid)
-        parameters = {
-            Parameter.TARGET: target,
-            Parameter.UPPERS: self.uppers,
-            Parameter.UPPER: name,
-            Parameter.SCRATCH: self._scratch + name,
-            Parameter.DATA: self._pool.data,
-        }
+        job = self._job(shared, lent, name, target)
         planned_ns = perf_counter_ns()
         try:
-            outcome = self._executable.run(lent, parameters, ids)
+            outcome = self._executable.run_in_order(*job)
         except OperationFailed as failure:
-            # overlayfs may have written into the work directory already, so that rmdir could not take it.
-            if self._writes and spec.fresh_upper and not _already_there(failure):
-                self._remove_upper(name)
+            self._after_failure(failure, name)
             raise
         phases = Phases(lent_ns - asked_ns, planned_ns - lent_ns, perf_counter_ns() - planned_ns)
+        return self._made(outcome, phases, shared, name, target)
+
+    def assemble_many(self, requests: Sequence[Request], *, at_once: int) -> list[Rootfs | FlatmountError]:
+        """Build many root file systems, `at_once` at a time, with Python out of the way between first and last.
+
+        For bursts: threads that each call `assemble` wait for each other's turns at the interpreter, which can cost as
+        much as the kernel's part does. Ranges that are not there yet are made first, as many at a time.
+
+        Returns, in the order of the requests, what was made; a failure, everything of it undone, in place of what was
+        not. Raises: OSError, OperationFailed, MappingError where a range cannot be made; nothing is assembled then.
+        """
+        asked_ns = perf_counter_ns()
+        ranges = self._pool.prepare((request.mapping for request in requests), pinned=self.pins, at_once=at_once)
+        lent_ns = perf_counter_ns()
+        jobs = [
+            self._job(shared, self._lend(shared), request.name, request.target)
+            for shared, request in zip(ranges, requests, strict=True)
+        ]
+        planned_ns = perf_counter_ns()
+        outcomes = self._executable.run_many(jobs, at_once=at_once)
+        # What all of them shared in: each is told an equal part.
+        share = max(len(requests), 1)
+        before = ((lent_ns - asked_ns) // share, (planned_ns - lent_ns) // share)
+        made: list[Rootfs | FlatmountError] = []
+        for outcome, shared, request in zip(outcomes, ranges, requests, strict=True):
+            if outcome.failure is not None:
+                self._after_failure(outcome.failure, request.name)
+                made.append(outcome.failure)
+            else:
+                phases = Phases(*before, sum(outcome.nanoseconds))
+                made.append(self._made(outcome, phases, shared, request.name, request.target))
+        return made
+
+    def _job(self, shared: Range, lent: tuple[int, ...], name: str, target: str) -> Job:
+        root = self.spec.root
+        values = {
+            Parameter.TARGET: os.fsencode(target),
+            Parameter.UPPERS: self._uppers,
+            Parameter.UPPER: os.fsencode(name),
+            Parameter.SCRATCH: os.fsencode(self._scratch + name),
+            Parameter.DATA: self._data,
+        }
+        if Parameter.LAYERS_AT in self._given:
+            values[Parameter.LAYERS_AT] = os.fsencode(shared.layers().place)
+        if Parameter.UPPERS_AT in self._given:
+            values[Parameter.UPPERS_AT] = os.fsencode(self._pool.directory(self.uppers).place)
+        parameters = tuple([values[parameter] for parameter in self._executable.parameters])
+        return lent, parameters, shared.ids(root.uid, root.gid)
+
+    def _made(self, outcome: Outcome, phases: Phases, shared: Range, name: str, target: str) -> Rootfs:
         descriptor = outcome.outputs[0] if outcome.outputs else None
         attached = target if descriptor is None else None
-        return Rootfs(name, mapping, attached, descriptor, outcome, phases, shared, self.ephemeral, self)
+        return Rootfs(name, shared.mapping, attached, descriptor, outcome, phases, shared, self.ephemeral, self)
 
-    def _lend(self, shared: Range) -> dict[Slot, int]:
-        needs = self._needs
-        lent = dict(self._pool.home.lent) if HELPER in needs or HOME in needs else {}
-        if USER_NAMESPACE in needs:
-            lent[USER_NAMESPACE] = shared.namespace.fileno()
-        if LAYERS in needs:
-            lent[LAYERS] = shared.layers()
-        if UPPERS in needs:
-            lent[UPPERS] = self._pool.directory(self.uppers)
-        return lent
+    def _after_failure(self, failure: OperationFailed, name: str) -> None:
+        # overlayfs may have written into the work directory already, so that the undoing's rmdir could not take it.
+        if self._writes and self.spec.fresh_upper and not _already_there(failure):
+            self._remove_upper(name)
+
+    def _lend(self, shared: Range) -> tuple[int, ...]:
+        return tuple([self._descriptor(slot, shared) for slot in self._executable.needs])
+
+    def _descriptor(self, slot: Slot, shared: Range) -> int:
+        if slot is LAYERS:
+            return shared.layers().fd
+        if slot is USER_NAMESPACE:
+            return shared.namespace.fileno()
+        if slot is UPPERS:
+            return self._pool.directory(self.uppers).fd
+        return self._pool.home.lent[slot]
 
     def take_off(self, rootfs: Rootfs) -> Outcome | None:
         """Undo a root file system of this assembler; see Rootfs.undo."""

@@ -23,7 +23,7 @@ from flatmount.rootfs.workplace import ensure_run_directory, sweep
 from flatmount.store import Store, StoredImage
 from flatmount.strategies import Choice, Ids, Upper
 
-_UPPER_RECORD = "upper.json"
+UPPER_RECORD = "upper.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +198,7 @@ def _check_reuse(place: _UpperPlace, request: Request, ids: Ids) -> None:
     """An upper that exists may only be used for what it was made for: other ids in it would be other owners."""
     path = os.path.join(place.uppers, place.name)
     try:
-        with open(os.path.join(path, _UPPER_RECORD), encoding="utf-8") as file:
+        with open(os.path.join(path, UPPER_RECORD), encoding="utf-8") as file:
             known = json.load(file)
     except (OSError, ValueError):
         raise UsageError(
@@ -218,8 +218,13 @@ def _check_reuse(place: _UpperPlace, request: Request, ids: Ids) -> None:
 def _describe_upper(place: _UpperPlace, request: Request, ids: Ids) -> None:
     if place.kind is Upper.NONE:
         return
-    known = {"image": request.image.digest, "ids": ids.value, "map": str(request.mapping)}
-    with open(os.path.join(place.uppers, place.name, _UPPER_RECORD), "w", encoding="utf-8") as file:
+    known = {
+        "image": request.image.digest,
+        "ids": ids.value,
+        "map": str(request.mapping),
+        "ephemeral": request.ephemeral,
+    }
+    with open(os.path.join(place.uppers, place.name, UPPER_RECORD), "w", encoding="utf-8") as file:
         json.dump(known, file)
 
 
@@ -244,7 +249,7 @@ _NAMELESS = ("per-layer", "common-parent")
 
 
 def _described(record: Record) -> bool:
-    return os.path.exists(os.path.join(record.uppers, record.upper, _UPPER_RECORD))
+    return os.path.exists(os.path.join(record.uppers, record.upper, UPPER_RECORD))
 
 
 def _remove_upper(record: Record) -> None:

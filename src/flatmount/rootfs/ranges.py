@@ -7,10 +7,16 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from flatmount.kernel.executor import Executable
-from flatmount.kernel.namespaces import Namespace, empty_mount_namespace, own_mount_namespace, user_namespace
+from flatmount.kernel.executor import Executable, Outcome
+from flatmount.kernel.namespaces import (
+    Namespace,
+    empty_mount_namespace,
+    own_mount_namespace,
+    user_namespace,
+    user_namespaces,
+)
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.plan.operations import HELPER, HOME, USER_NAMESPACE, Parameter, Slot, Text
@@ -23,13 +29,12 @@ DEFAULT_CAPACITY = 4096
 class Pin:
     """A clone of a directory's mount that lives as long as this object. `mount_operations` are those in our helper."""
 
-    __slots__ = ("__weakref__", "_release", "fd", "mount_operations")
+    __slots__ = ("__weakref__", "_release", "fd", "mount_operations", "place")
 
-    def __init__(self, home: Home, executable: Executable, lent: dict[Slot, int], path: str) -> None:
-        place = f"/{next(home.numbers)}"
-        parameters = {Parameter.DATA: path, Parameter.RANGE: place}
-        outcome = executable.run({**home.lent, **lent}, parameters)
+    def __init__(self, home: Home, outcome: Outcome, place: str) -> None:
+        """Take over what a run of `strategies.pin` made at `place` (in the helper namespace, if it is used)."""
         self.fd = outcome.outputs[0]
+        self.place = place
         self.mount_operations = outcome.mount_operations
         self._release = weakref.finalize(self, _let_go, self.fd, home, place if outcome.mount_operations else None)
 
@@ -42,13 +47,17 @@ class Home:
     """The namespaces of a pool: where root file systems go, and where parents are kept that cannot stay detached."""
 
     def __init__(self, facts: HostFacts) -> None:
-        self.numbers = itertools.count(1)
+        self._numbers = itertools.count(1)
         self.lent: dict[Slot, int] = {}
         self._namespaces: list[Namespace] = []
         if not facts.detached_layers:
             for slot, namespace in ((HELPER, empty_mount_namespace()), (HOME, own_mount_namespace())):
                 self._namespaces.append(namespace)
                 self.lent[slot] = namespace.fileno()
+
+    def place(self) -> str:
+        """A directory in the helper namespace that nobody else uses."""
+        return f"/{next(self._numbers)}"
 
 
 def _let_go(fd: int, home: Home, place: str | None) -> None:
@@ -60,22 +69,45 @@ def _let_go(fd: int, home: Home, place: str | None) -> None:
 class Range:
     """One user range: its namespace, and on first need the pinned id-mapped parent. Dropped when nobody holds it."""
 
-    __slots__ = ("_lock", "_pin", "_pool", "mapping", "namespace")
+    __slots__ = ("_ids", "_lock", "_pin", "_pool", "mapping", "namespace")
 
     def __init__(self, mapping: Mapping, pool: RangePool) -> None:
         self.mapping = mapping
         self.namespace = user_namespace(mapping)
         self._pool = pool
         self._pin: Pin | None = None
+        self._ids: dict[tuple[int, int], tuple[int, int, int, int]] = {}
         self._lock = threading.Lock()
 
-    def layers(self) -> int:
-        """The pinned id-mapped parent of all layers; the descriptor stays the range's."""
+    def ids(self, uid: int, gid: int) -> tuple[int, int, int, int]:
+        """Host ids for a run: those of the range's first ids, as which files are made, and those of `uid` and `gid`.
+
+        Raises: MappingError where one of these has no host id.
+        """
+        known = self._ids.get((uid, gid))
+        if known is None:
+            mapping = self.mapping
+            first = (mapping.uids[0].host, mapping.gids[0].host)
+            known = self._ids[uid, gid] = (*first, mapping.host_uid(uid), mapping.host_gid(gid))
+        return known
+
+    def layers(self) -> Pin:
+        """The pinned id-mapped parent of all layers; it stays the range's."""
         if self._pin is None:
             with self._lock:
                 if self._pin is None:
-                    self._pin = self._pool.pin_layers(self.namespace)
-        return self._pin.fd
+                    self._pin = self._pool.pin_layers(self)
+        return self._pin
+
+    @property
+    def bare(self) -> bool:
+        """Whether its parent is not pinned yet."""
+        return self._pin is None
+
+    def adopt(self, made: Pin) -> None:
+        """Take over a parent that was pinned for it; one that it has already stays."""
+        with self._lock:
+            self._pin = self._pin or made
 
 
 class RangePool:
@@ -119,19 +151,48 @@ class RangePool:
         del dropped
         return kept
 
-    def prepare(self, mappings: Iterable[Mapping], *, pinned: bool = True) -> None:
-        """Make ranges ahead for containers to come."""
-        for mapping in mappings:
-            prepared = self.get(mapping)
-            if pinned:
-                prepared.layers()
+    def prepare(self, mappings: Iterable[Mapping], *, pinned: bool = True, at_once: int = 1) -> list[Range]:
+        """Make ranges for containers to come, and their parents unless they are not `pinned`; `at_once` at a time.
 
-    def pin_layers(self, namespace: Namespace) -> Pin:
-        """Clone and id-map the parent of all layers, once more."""
-        made = Pin(self.home, self._pin_mapped, {USER_NAMESPACE: namespace.fileno()}, self.data)
+        Raises: OSError, OperationFailed; nothing that was made is lost then.
+        """
+        wanted = list(mappings)
+        held = user_namespaces(wanted, at_once=at_once)
+        ranges = [self.get(mapping) for mapping in wanted]
+        del held
+        if pinned:
+            bare = [one for one in dict.fromkeys(ranges) if one.bare]
+            for one, made in zip(bare, self._pin_many(bare, at_once), strict=True):
+                one.adopt(made)
+        return ranges
+
+    def _pin_many(self, ranges: Sequence[Range], at_once: int) -> list[Pin]:
+        places = [self.home.place() for _ in ranges]
+        jobs = [
+            self._pin_mapped.job(
+                {**self.home.lent, USER_NAMESPACE: one.namespace.fileno()},
+                {Parameter.DATA: self.data, Parameter.RANGE: place},
+            )
+            for one, place in zip(ranges, places, strict=True)
+        ]
+        outcomes = self._pin_mapped.run_many(jobs, at_once=at_once)
+        pins = [
+            Pin(self.home, outcome, place)
+            for outcome, place in zip(outcomes, places, strict=True)
+            if outcome.failure is None
+        ]
+        failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+        if failures:
+            # Out of this frame, which its traceback holds: what was pinned must not stay open until a collection.
+            del pins, outcomes
+            raise failures.pop()
         with self._lock:
-            self.mount_operations += made.mount_operations
-        return made
+            self.mount_operations += sum(made.mount_operations for made in pins)
+        return pins
+
+    def pin_layers(self, mapped: Range) -> Pin:
+        """Clone and id-map the parent of all layers, once more."""
+        return self._pin_many([mapped], 1)[0]
 
     def drop(self, mapping: Mapping) -> None:
         """Forget a range now; it goes with the last root file system that uses it."""
@@ -139,13 +200,15 @@ class RangePool:
             dropped = self._kept.pop(mapping, None)
         del dropped
 
-    def directory(self, path: str) -> int:
-        """A pinned clone of a directory outside the store (uppers); the descriptor stays the pool's."""
+    def directory(self, path: str) -> Pin:
+        """A pinned clone of a directory outside the store (uppers); it stays the pool's."""
         with self._lock:
             known = self._directories.get(path)
             if known is None:
-                known = self._directories[path] = Pin(self.home, self._pin_plain, {}, path)
-            return known.fd
+                place = self.home.place()
+                outcome = self._pin_plain.run(self.home.lent, {Parameter.DATA: path, Parameter.RANGE: place})
+                known = self._directories[path] = Pin(self.home, outcome, place)
+            return known
 
     def close(self) -> None:
         """Drop every range and pin now. Root file systems that live keep their own."""

@@ -38,7 +38,8 @@ def workplace(run: str, name: str, *, elsewhere: Sequence[str] = ()) -> Iterator
     """
     place = os.path.join(run, "work")
     ensure_run_directory(run)
-    os.makedirs(place, mode=0o700, exist_ok=True)
+    os.makedirs(place, exist_ok=True)
+    os.chmod(place, 0o711)
     path = os.path.join(place, owned_name(name))
     with open(path + _RECORD, "x", encoding="utf-8") as record:
         json.dump({"elsewhere": list(elsewhere)}, record)

@@ -61,7 +61,7 @@ MOST_LOWERS = 100
 MOST_LOWER_BYTES = 3200
 _WORKERS = 16
 
-HELPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "libexec", "flatmount-assemble")
+HELPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kernel", "flatmount-assemble")
 
 
 class Snapshots:

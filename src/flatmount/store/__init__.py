@@ -1,5 +1,6 @@
 """Images on disk: layers, the flat trees made of them, and who uses which."""
 
+from flatmount.store.fsck import Checked, Finding, Part
 from flatmount.store.importing import Progress, Progressed
 from flatmount.store.model import (
     Holder,
@@ -9,14 +10,19 @@ from flatmount.store.model import (
     StoredImage,
     StoredLayer,
 )
+from flatmount.store.repair import Repair
 from flatmount.store.store import Store
 
 __all__ = [
+    "Checked",
+    "Finding",
     "Holder",
     "Owners",
+    "Part",
     "Progress",
     "Progressed",
     "Removed",
+    "Repair",
     "RootAttributes",
     "Store",
     "StoredImage",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 OPAQUE = "trusted.overlay.opaque"
@@ -29,11 +29,13 @@ class Below:
 
     A directory is known by its stack, the layers that contribute to it, so that a look-up in it asks those
     alone. Layers never change, and the paths used here run through their directories only, so that no link is
-    ever followed. `data_fd` is borrowed; `layers` are paths relative to it, topmost first.
+    ever followed. `data_fd` is borrowed; `layers` are paths relative to it, topmost first. `ready` returns when
+    they are complete, and is called before the first of them is looked at.
     """
 
-    def __init__(self, data_fd: int, layers: Sequence[str]) -> None:
+    def __init__(self, data_fd: int, layers: Sequence[str], ready: Callable[[], None] | None = None) -> None:
         self.data_fd = data_fd
+        self._ready = ready
         self._layers = [os.fsencode(layer) for layer in layers]
         self.consulted = False
 
@@ -45,6 +47,7 @@ class Below:
     def look_up(self, stack: Stack, path: bytes) -> Found | None:
         """What the chain has at `path`, whose parent directory has `stack`."""
         self.consulted = True
+        self._wait()
         for _, found in self._all(stack, path):
             return None if _is_whiteout(found.status) else found
         return None
@@ -52,6 +55,7 @@ class Below:
     def stack(self, stack: Stack, path: bytes) -> Stack:
         """The stack of the directory at `path`, whose parent has `stack`; empty where the chain has no directory."""
         self.consulted = True
+        self._wait()
         merged: list[int] = []
         for layer, found in self._all(stack, path):
             if not found.is_directory:
@@ -72,6 +76,7 @@ class Below:
 
     def root_names(self) -> set[bytes]:
         """Every name in the root directory of any of the layers."""
+        self._wait()
         names: set[bytes] = set()
         for layer in self._layers:
             fd = os.open(layer, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.data_fd)
@@ -80,6 +85,11 @@ class Below:
             finally:
                 os.close(fd)
         return names
+
+    def _wait(self) -> None:
+        if self._ready is not None:
+            self._ready()
+            self._ready = None
 
     def _is_opaque(self, source: bytes) -> bool:
         path = b"/proc/self/fd/%d/%b" % (self.data_fd, source)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from flatmount.errors import StoreError
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 _BUSY_S: Final = 60.0
 
 # One script for each version. A number names a tree for ever: `numbers` only counts up, so that a path that
@@ -76,6 +76,15 @@ _MIGRATIONS: Final = (
         PRIMARY KEY (holder, image)
     ) WITHOUT ROWID;
     """,
+    """
+    CREATE TABLE ranges (
+        holder TEXT NOT NULL,
+        first INTEGER NOT NULL,
+        size INTEGER NOT NULL,
+        PRIMARY KEY (first, size)
+    ) WITHOUT ROWID;
+    CREATE INDEX ranges_by_holder ON ranges (holder);
+    """,
     # The snapshot service's; see flatmount.snapshotter.book.
     """
     CREATE TABLE snapshots (
@@ -109,12 +118,12 @@ class Database:
         self._lock = threading.RLock()
         self.schema = SCHEMA
         try:
-            self._connection = self._connect("rw" if os.access(path, os.W_OK) else "ro")
+            self._connection = self._connect("mode=rw") if os.access(path, os.W_OK) else self._connect_reading()
             found = self._version()
             if found > SCHEMA:
                 self.schema = found
                 self._connection.close()
-                self._connection = self._connect("ro")
+                self._connection = self._connect_reading()
             elif found < SCHEMA:
                 self._migrate()
         except sqlite3.Error as error:
@@ -173,6 +182,14 @@ class Database:
             (last,) = db.execute("UPDATE numbers SET last = last + ? RETURNING last", (count,)).fetchone()
         return range(int(last) - count + 1, int(last) + 1)
 
+    def known_trees(self) -> dict[str, set[int]]:
+        """The numbers of all trees, by the directory that they are in."""
+        tables = {"layers": "layers", "flat": "flats", "shifted": "shifted"}
+        with self.reading() as db:
+            return {
+                kind: {row[0] for row in db.execute(f"SELECT number FROM {table}")} for kind, table in tables.items()
+            }
+
     @contextmanager
     def _told(self) -> Iterator[None]:
         try:
@@ -182,18 +199,33 @@ class Database:
             hint = "free space there and try again; nothing was changed" if full else "another process may hold it"
             raise StoreError(f"{self.path}: {error}", hint=hint) from error
 
-    def _connect(self, mode: str) -> sqlite3.Connection:
+    def _connect_reading(self) -> sqlite3.Connection:
+        try:
+            return self._connect("mode=ro")
+        except sqlite3.OperationalError:
+            # A read-only file system: readers of a WAL database want to make its -shm file, unless they are told
+            # that nobody writes. Without a -wal file everything is in the database itself.
+            if os.path.exists(f"{self.path}-wal"):
+                raise
+            return self._connect("mode=ro&immutable=1")
+
+    def _connect(self, how: str) -> sqlite3.Connection:
         connection = sqlite3.connect(
-            f"file:{_quoted(self.path)}?mode={mode}",
+            f"file:{_quoted(self.path)}?{how}",
             uri=True,
             timeout=_BUSY_S,
             isolation_level=None,
             check_same_thread=False,
         )
-        if mode == "rw":
-            connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
+        try:
+            if how == "mode=rw":
+                connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA user_version")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _version(self) -> int:

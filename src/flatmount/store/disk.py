@@ -7,6 +7,7 @@
         snapshots/N/                 the snapshot service's, which looks after them itself
         staging/N trash/             not yet and no longer visible
     ROOT/v1/entries/N       what was unpacked into layers/N
+    ROOT/v1/entries/N.tar   the archive of layers/N without its contents
     ROOT/v1/lock            held shared by whoever has something in staging, exclusively by whoever sweeps
     ROOT/v1/build.lock      held by whoever builds a flat or shifted tree
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from typing import Final
 
@@ -95,7 +97,10 @@ class Disk:
     @contextlib.contextmanager
     def _locked(self, name: str, how: int) -> Iterator[None]:
         # A description of its own for each holder: flock then also holds between the threads of one process.
-        fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.base_fd)
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self.base_fd)
+        except OSError as error:
+            raise from_os_error(error, f"lock the store {self.root}:") from error
         try:
             fcntl.flock(fd, how)
             yield
@@ -136,31 +141,64 @@ class Disk:
 
     def create_entries(self, number: int) -> int:
         """A descriptor for the manifest of a layer's entries, which the caller writes and closes."""
+        return self._create(f"entries/{number}")
+
+    def create_archive(self, number: int) -> int:
+        """A descriptor for the records of a layer's archive, which the caller writes and closes."""
+        return self._create(f"entries/{number}.tar")
+
+    def open_archive(self, number: int) -> int:
+        """A descriptor for reading the records of a layer's archive, which the caller closes."""
+        return os.open(f"entries/{number}.tar", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.base_fd)
+
+    def drop_archive(self, number: int) -> None:
+        """Remove the records of a layer's archive."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"entries/{number}.tar", dir_fd=self.base_fd)
+
+    def _create(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(f"entries/{number}", flags, 0o600, dir_fd=self.base_fd)
+        return os.open(path, flags, 0o600, dir_fd=self.base_fd)
+
+    def has_tree(self, path: str) -> bool:
+        """Whether there is a directory at `path`, relative to data."""
+        try:
+            return stat.S_ISDIR(os.stat(path, dir_fd=self.data_fd, follow_symlinks=False).st_mode)
+        except FileNotFoundError:
+            return False
+
+    def open_entries(self, number: int) -> int:
+        """A descriptor for reading the manifest of a layer's entries, which the caller closes."""
+        return os.open(f"entries/{number}", os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.base_fd)
 
     def drop_entries(self, number: int) -> None:
-        """Remove the manifest of a layer's entries."""
+        """Remove the manifest of a layer's entries, and the records of its archive."""
+        self.drop_archive(number)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"entries/{number}", dir_fd=self.base_fd)
 
-    def sweep(self, known: dict[str, set[int]]) -> None:
-        """Take away what the book does not know.
+    def strays(self, known: dict[str, set[int]]) -> tuple[str, ...]:
+        """What the book does not know, relative to v1, the trash first.
 
-        `known` are the numbers of each kind of tree. Call it `alone`.
+        `known` are the numbers of each kind of tree. Call it `alone`: otherwise it may be somebody's work.
         """
-        for name in os.listdir(os.path.join(self.data, "trash")):
-            self._sweep_one(f"trash/{name}")
-        for name in os.listdir(os.path.join(self.data, "staging")):
-            self._sweep_one(f"staging/{name}")
+        found = [f"data/{place}/{name}" for place in ("trash", "staging") for name in self._names(f"data/{place}")]
         for kind in TREES:
-            for name in os.listdir(os.path.join(self.data, kind)):
-                if not name.isdigit() or int(name) not in known[kind]:
-                    self._sweep_one(f"{kind}/{name}")
-        for name in os.listdir(os.path.join(self.base, "entries")):
-            if not name.isdigit() or int(name) not in known["layers"]:
+            found += [f"data/{kind}/{name}" for name in _unknown(self._names(f"data/{kind}"), known[kind])]
+        found += [f"entries/{name}" for name in _unknown(self._names("entries"), known["layers"])]
+        return tuple(found)
+
+    def sweep(self, known: dict[str, set[int]]) -> None:
+        """Take away what the book does not know; as `strays`."""
+        for path in self.strays(known):
+            if path.startswith("data/"):
+                self._sweep_one(path.removeprefix("data/"))
+            else:
                 with contextlib.suppress(OSError):
-                    os.unlink(f"entries/{name}", dir_fd=self.base_fd)
+                    os.unlink(path, dir_fd=self.base_fd)
+
+    def _names(self, directory: str) -> list[str]:
+        return os.listdir(os.path.join(self.base, directory))
 
     def _sweep_one(self, path: str) -> None:
         # What cannot go now, because something is mounted in it, stays out of sight; the next sweep tries
@@ -181,6 +219,11 @@ class Disk:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _unknown(names: list[str], known: set[int]) -> list[str]:
+    stems = ((name, name.removesuffix(".tar")) for name in names)
+    return [name for name, stem in stems if not stem.isdigit() or int(stem) not in known]
 
 
 def _create(root: str) -> None:

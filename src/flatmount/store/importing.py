@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 
 from flatmount.errors import BadImage, FlatmountError, from_os_error
 from flatmount.image import ImageSource, LayerStream, TarReader
 from flatmount.image import digest as digests
 from flatmount.store import entries
+from flatmount.store.archives import ArchiveRecorder
 from flatmount.store.below import Below
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
 from flatmount.store.unpack import Limits, Unpacked, unpack
 
 _ATTEMPTS = 3
+_SIDE_BY_SIDE = 4  # layers, each with up to 128 open directories
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class Progressed:
 
 
 Progress = Callable[[Progressed], None]
+"""Called from the threads that unpack, of which there are several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +50,6 @@ class _Placed:
     parent_chain: str
     unpacked: Unpacked | None
     repeated: bool
-
-    @property
-    def path(self) -> str:
-        return f"layers/{self.number}" if self.unpacked is None else f"staging/{self.number}"
 
 
 class _Vanished(Exception):
@@ -76,6 +78,92 @@ def import_image(
                 raise
 
 
+def unpack_layer(
+    disk: Disk,
+    image: ImageSource,
+    position: int,
+    number: int,
+    below: Sequence[str],
+    report: Callable[[int], None] | None = None,
+    ready: Callable[[], None] | None = None,
+) -> Unpacked:
+    """Unpack layer `position` of `image` to staging/`number` and write its entries; nothing is synced or in the book.
+
+    `below` are the trees beneath it, topmost first, relative to the data directory; `ready` returns when they are
+    complete, and is called when the first of them is needed. Both digests are verified.
+    What a failure leaves is the caller's to discard. Raises: BadImage, StoreError, naming the layer.
+    """
+    descriptor = image.manifest.layers[position]
+    diff_id = image.config.diff_ids[position]
+    label = f"layer {descriptor.digest}"
+    try:
+        stream = LayerStream(image.open_layer(position), descriptor, diff_id, report)
+        try:
+            return _unpack_stream(disk, stream, number, diff_id, Below(disk.data_fd, below, ready))
+        except BadImage:
+            # A damaged blob makes strange archives: say that it is damaged, if it is.
+            stream.check_blob()
+            raise
+        finally:
+            stream.close()
+    except FlatmountError as error:
+        raise type(error)(f"{label}: {error}", hint=error.hint) from error
+    except OSError as error:
+        raise from_os_error(error, f"{label}: unpack") from error
+
+
+def _unpack_stream(disk: Disk, stream: LayerStream, number: int, diff_id: str, below: Below) -> Unpacked:
+    os.mkdir(f"staging/{number}", 0o700, dir_fd=disk.data_fd)
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    target = os.open(f"staging/{number}", flags, dir_fd=disk.data_fd)
+    try:
+        limits = Limits(total_bytes=disk.free_bytes())
+        unpacked = _unpack_recorded(disk, stream, number, target, below, limits)
+    finally:
+        os.close(target)
+    stream.finish()
+    if not unpacked.complete:
+        disk.drop_archive(number)
+    fd = disk.create_entries(number)
+    try:
+        entries.write(fd, diff_id, unpacked.entries.items())
+    finally:
+        os.close(fd)
+    return unpacked
+
+
+def _unpack_recorded(
+    disk: Disk, stream: LayerStream, number: int, target: int, below: Below, limits: Limits
+) -> Unpacked:
+    fd = disk.create_archive(number)
+    try:
+        recorder = ArchiveRecorder(fd)
+        try:
+            return unpack(TarReader(stream.read, recorder), target, below, limits)
+        finally:
+            recorder.close()
+    finally:
+        os.close(fd)
+
+
+def layer_facts(unpacked: Unpacked) -> tuple[int | str | None, ...]:
+    """What the book keeps of a layer, from the column `entries` on."""
+    root = unpacked.root
+    return (
+        len(unpacked.entries),
+        unpacked.files,
+        unpacked.size_bytes,
+        unpacked.dropped_xattrs,
+        json.dumps([unpacked.owners.uids, unpacked.owners.gids]),
+        None if root is None else json.dumps([root.mode, root.uid, root.gid, root.mtime_ns]),
+    )
+
+
+def _wait_for(layers: Sequence[Future[Unpacked]]) -> None:
+    for layer in layers:
+        layer.result()
+
+
 class _Import:
     def __init__(self, disk: Disk, database: Database, image: ImageSource, progress: Progress | None) -> None:
         self._disk = disk
@@ -85,26 +173,55 @@ class _Import:
         self._chain = digests.chain_ids(image.config.diff_ids)
         self._placed: list[_Placed] = []
         self._numbers: list[int] = []
+        self._given_up = threading.Event()
 
     def stage(self) -> None:
         """Unpack what the store does not have. Lower layers first: upper ones are resolved against them."""
+        there = self._there()
+        missing = [position for position, number in enumerate(there) if number is None]
+        self._numbers = list(self._database.next_numbers(len(missing))) if missing else []
+        self._image.expect(missing, os.path.join(self._disk.data, "staging"))
+        fresh = iter(self._numbers)
+        numbers = [next(fresh) if number is None else number for number in there]
+        kinds = ["staging" if number is None else "layers" for number in there]
+        paths = [f"{kind}/{number}" for kind, number in zip(kinds, numbers, strict=True)]
+        unpacked = dict(zip(missing, self._side_by_side(missing, numbers, paths), strict=True))
         diff_ids = self._image.config.diff_ids
-        used: set[int] = set()
-        for position, diff_id in enumerate(diff_ids):
+        for position, (diff_id, number) in enumerate(zip(diff_ids, numbers, strict=True)):
             parent = self._chain[position - 1] if position else ""
             repeated = diff_id in diff_ids[:position]
-            number = self._find(diff_id, parent, used)
-            if number is None:
-                if not self._numbers:
-                    self._numbers = list(self._database.next_numbers(len(diff_ids) - position))
-                number = self._numbers[len([p for p in self._placed if p.unpacked])]
-                unpacked = self._unpack(position, number)
-            else:
-                unpacked = None
-            used.add(number)
-            self._placed.append(_Placed(number, diff_id, parent, unpacked, repeated))
+            self._placed.append(_Placed(number, diff_id, parent, unpacked.get(position), repeated))
 
-    def _find(self, diff_id: str, parent: str, used: set[int]) -> int | None:
+    def _side_by_side(self, missing: Sequence[int], numbers: Sequence[int], paths: Sequence[str]) -> list[Unpacked]:
+        """Unpack several layers at once. One that must know what is beneath it waits for those beneath it.
+
+        They are begun lowest first, so that nobody waits for a layer that has not begun. When one fails, the
+        others are given up, and nothing is written any more when the failure is raised: of several, the lowest.
+        """
+        jobs: list[Future[Unpacked]] = []
+        with ThreadPoolExecutor(min(_SIDE_BY_SIDE, os.cpu_count() or 1), "flatmount-unpack") as pool:
+            try:
+                for position in missing:
+                    below, number = paths[:position][::-1], numbers[position]
+                    report, ready = self._reporter(position), partial(_wait_for, tuple(jobs))
+                    job = pool.submit(unpack_layer, self._disk, self._image, position, number, below, report, ready)
+                    jobs.append(job)
+                ended = wait(jobs, return_when=FIRST_EXCEPTION).done
+                return [job.result() for job in jobs if job in ended]
+            except BaseException:
+                self._given_up.set()
+                self._image.give_up()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _there(self) -> list[int | None]:
+        """The number of each layer that the store has."""
+        found: list[int | None] = []
+        for position, diff_id in enumerate(self._image.config.diff_ids):
+            found.append(self._find(diff_id, self._chain[position - 1] if position else "", found))
+        return found
+
+    def _find(self, diff_id: str, parent: str, used: Sequence[int | None]) -> int | None:
         with self._database.reading() as db:
             rows = db.execute(
                 "SELECT number FROM layers WHERE diff_id = ? AND (parent_chain IS NULL OR parent_chain = ?)",
@@ -114,51 +231,18 @@ class _Import:
         # own.
         return next((number for (number,) in rows if number not in used), None)
 
-    def _unpack(self, position: int, number: int) -> Unpacked:
-        descriptor = self._image.manifest.layers[position]
-        diff_id = self._image.config.diff_ids[position]
-        label = f"layer {descriptor.digest}"
-        try:
-            stream = LayerStream(self._image.open_layer(position), descriptor, diff_id, self._reporter(position))
-            try:
-                return self._unpack_stream(stream, number, diff_id)
-            except BadImage:
-                # A damaged blob makes strange archives: say that it is damaged, if it is.
-                stream.check_blob()
-                raise
-            finally:
-                stream.close()
-        except FlatmountError as error:
-            raise type(error)(f"{label}: {error}", hint=error.hint) from error
-        except OSError as error:
-            raise from_os_error(error, f"{label}: unpack") from error
-
-    def _unpack_stream(self, stream: LayerStream, number: int, diff_id: str) -> Unpacked:
-        os.mkdir(f"staging/{number}", 0o700, dir_fd=self._disk.data_fd)
-        target = os.open(
-            f"staging/{number}",
-            os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC,
-            dir_fd=self._disk.data_fd,
-        )
-        try:
-            below = Below(self._disk.data_fd, [placed.path for placed in reversed(self._placed)])
-            unpacked = unpack(TarReader(stream.read), target, below, Limits(total_bytes=self._disk.free_bytes()))
-        finally:
-            os.close(target)
-        stream.finish()
-        fd = self._disk.create_entries(number)
-        try:
-            entries.write(fd, diff_id, unpacked.entries.items())
-        finally:
-            os.close(fd)
-        return unpacked
-
-    def _reporter(self, position: int) -> Callable[[int], None] | None:
+    def _reporter(self, position: int) -> Callable[[int], None]:
+        """Called for each piece of a layer: passes the word on, or ends a layer that nobody needs any more."""
         progress, layers = self._progress, self._image.manifest.layers
-        if progress is None:
-            return None
         layer = layers[position]
-        return lambda done: progress(Progressed(position + 1, len(layers), layer.digest, done, layer.size))
+
+        def report(done: int) -> None:
+            if self._given_up.is_set():
+                raise FlatmountError("given up, because another layer cannot be had")
+            if progress is not None:
+                progress(Progressed(position + 1, len(layers), layer.digest, done, layer.size))
+
+        return report
 
     def commit(self, name: str | None) -> None:
         """Make it durable, then visible."""
@@ -188,20 +272,9 @@ class _Import:
         ).fetchone()
         if row is not None:
             return int(row[0])
-        root = unpacked.root
         db.execute(
             "INSERT INTO layers VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                placed.number,
-                placed.diff_id,
-                parent,
-                len(unpacked.entries),
-                unpacked.files,
-                unpacked.size_bytes,
-                unpacked.dropped_xattrs,
-                json.dumps([unpacked.owners.uids, unpacked.owners.gids]),
-                None if root is None else json.dumps([root.mode, root.uid, root.gid, root.mtime_ns]),
-            ),
+            (placed.number, placed.diff_id, parent, *layer_facts(unpacked)),
         )
         return placed.number
 

@@ -23,6 +23,10 @@ _OPEN_DIRECTORIES: Final = 128
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+class NoDirectory(BadImage):
+    """A path leads through something that is no directory, so that nothing can be at its end."""
+
+
 class LayerTree:
     """Directories, whiteouts and the names of everything. `target_fd` is borrowed; paths are bytes, relative, real.
 
@@ -82,7 +86,7 @@ class LayerTree:
                 self.remove(path)
                 self.make_directory(path, LayerEntry(Kind.DIRECTORY, 0o755, opaque=True))
             elif entry.kind is not Kind.DIRECTORY:
-                raise BadImage(f"{show(path)} on the way is a {entry.kind.value}", hint="the image is malformed")
+                raise NoDirectory(f"{show(path)} on the way is a {entry.kind.value}", hint="the image is malformed")
             if target is None:
                 here = path
                 continue
@@ -106,7 +110,8 @@ class LayerTree:
             self._through_below = True
             return os.readlink(found.source, dir_fd=self._below.data_fd)
         if not stat.S_ISDIR(mode):
-            raise BadImage(f"{show(path)} on the way is no directory in a lower layer", hint="the image is malformed")
+            what = f"{show(path)} on the way is no directory in a lower layer"
+            raise NoDirectory(what, hint="the image is malformed")
         xattrs = read_xattrs(self._below.data_fd, found.source)
         self.make_directory(path, from_status(Kind.DIRECTORY, found.status)._replace(xattrs=xattrs))
         return None

@@ -7,19 +7,24 @@ import os
 import re
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Self
 
 from flatmount.errors import FlatmountError, InUse, StoreError, UnknownImage, UsageError, from_os_error
 from flatmount.image import ImageSource, open_source
 from flatmount.image import digest as digests
+from flatmount.image.layout_writer import LayoutWriter
 from flatmount.image.model import image_config
 from flatmount.kernel.tree import Flattened, RemovedTree, copy_tree, flatten
 from flatmount.plan.mapping import Mapping
 from flatmount.store.database import Database
-from flatmount.store.disk import TREES, Disk
+from flatmount.store.disk import Disk
+from flatmount.store.exporting import Told, export_images
+from flatmount.store.fsck import Checked, Finding, Report, check
 from flatmount.store.importing import Progress, import_image
 from flatmount.store.model import Holder, Owners, Removed, RootAttributes, Span, StoredImage, StoredLayer
+from flatmount.store.ranges import Ranges
+from flatmount.store.repair import Repair, repair
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,254}\Z")
 _DIGEST_PREFIX = re.compile(r"(?:sha256:)?[0-9a-f]{4,64}\Z")
@@ -106,7 +111,9 @@ class Store:
     def import_from(
         self, image: ImageSource, *, name: str | None = None, progress: Progress | None = None
     ) -> StoredImage:
-        """As `import_image`, from an open source, which stays the caller's."""
+        """As `import_image`, from an open source, which stays the caller's and whose own name is not used."""
+        if name is not None:
+            check_name(name)
         digest = image.manifest.digest
         with self._database.reading() as db:
             there = db.execute("SELECT 1 FROM images WHERE digest = ?", (digest,)).fetchone()
@@ -152,9 +159,9 @@ class Store:
                 self._refuse_held(db, digest, reference)
                 db.execute("DELETE FROM images WHERE digest = ?", (digest,))
                 trees = _unused(db)
-            return self._take_away(names, digest, trees)
+            return self._take_away(names, (digest,), trees)
 
-    def _take_away(self, names: tuple[str, ...], digest: str, trees: list[str]) -> Removed:
+    def _take_away(self, names: tuple[str, ...], images: tuple[str, ...], trees: list[str]) -> Removed:
         """What the book no longer knows. A kill from here on leaves it to the next sweep."""
         gone = [RemovedTree(0, 0)]
         try:
@@ -167,7 +174,7 @@ class Store:
             raise from_os_error(error, "delete what was removed, in the store's trash,") from error
         return Removed(
             names=names,
-            images=(digest,),
+            images=images,
             layers=sum(tree.startswith("layers/") for tree in trees),
             entries=sum(tree.entries for tree in gone),
             size_bytes=sum(tree.size_bytes for tree in gone),
@@ -320,6 +327,53 @@ class Store:
             rows = db.execute("SELECT holder, image, since_ns FROM leases ORDER BY since_ns, holder").fetchall()
         return tuple(Holder(*row) for row in rows)
 
+    # Out of it.
+
+    def export(self, images: Sequence[StoredImage], layout: LayoutWriter, told: Told | None = None) -> None:
+        """Write images to an OCI image layout that is being made; see flatmount.store.exporting."""
+        with self._disk.working():
+            with self._database.reading() as db:
+                configs = [
+                    db.execute(
+                        "SELECT content FROM documents JOIN images ON config_digest = documents.digest"
+                        " WHERE images.digest = ?",
+                        (image.digest,),
+                    ).fetchone()
+                    for image in images
+                ]
+            export_images(
+                self._disk, layout, [(i, config[0]) for i, config in zip(images, configs, strict=True) if config], told
+            )
+
+    # Looking after it.
+
+    def check(self, *, content: bool = True, report: Report | None = None) -> Checked:
+        """Hold everything in the store against what was stored; see flatmount.store.fsck."""
+        return check(self._disk, self._database, content=content, report=report)
+
+    def repair(self, findings: Sequence[Finding], sources: Sequence[ImageSource] = ()) -> tuple[Repair, ...]:
+        """Put right what `check` found; see flatmount.store.repair. `sources` stay the caller's."""
+        return repair(self._disk, self._database, findings, sources)
+
+    def unused_images(self) -> tuple[StoredImage, ...]:
+        """Images that have no name and that nobody holds: what `collect` takes away."""
+        with self._database.reading() as db:
+            return tuple(self._load(db, digest, None) for (digest,) in db.execute(_UNUSED_IMAGES).fetchall())
+
+    def collect(self) -> Removed:
+        """Remove every image that has no name and that nobody holds, with what only they needed."""
+        with self._disk.working():
+            with self._database.transaction() as db:
+                gone = tuple(row[0] for row in db.execute(_UNUSED_IMAGES).fetchall())
+                db.executemany("DELETE FROM images WHERE digest = ?", [(digest,) for digest in gone])
+                trees = _unused(db)
+            return self._take_away((), gone, trees)
+
+    @property
+    def ranges(self) -> Ranges:
+        """The host ids that containers of this store have."""
+        return Ranges(self._database)
+
     # Within.
 
     def _sweep(self) -> None:
@@ -329,12 +383,7 @@ class Store:
         try:
             with self._disk.alone() as alone:
                 if alone:
-                    with self._database.reading() as db:
-                        known = {
-                            kind: {row[0] for row in db.execute(f"SELECT number FROM {table}")}
-                            for kind, table in zip(TREES, ("layers", "flats", "shifted"), strict=True)
-                        }
-                    self._disk.sweep(known)
+                    self._disk.sweep(self._database.known_trees())
         except OSError as error:
             self.close()
             raise from_os_error(error, "look through the store:") from error
@@ -388,6 +437,12 @@ class Store:
             owners=owners,
             dropped_xattrs=sum(row[5] for row in rows),
         )
+
+
+_UNUSED_IMAGES = """
+    SELECT digest FROM images
+    WHERE digest NOT IN (SELECT image FROM names UNION SELECT image FROM leases) ORDER BY imported_ns, digest
+"""
 
 
 def check_name(name: str) -> None:

@@ -26,7 +26,7 @@ from flatmount.image.tar import Entry, Kind, TarReader, show
 from flatmount.store.attributes import Attributes, kept, read_xattrs, set_xattrs
 from flatmount.store.below import Below, Found
 from flatmount.store.entries import LayerEntry
-from flatmount.store.layer_tree import LayerTree, from_status, join
+from flatmount.store.layer_tree import LayerTree, NoDirectory, from_status, join
 from flatmount.store.model import Owners, RootAttributes, merge
 
 _WHITEOUT: Final = b".wh."
@@ -66,7 +66,8 @@ class Limits:
 class Unpacked:
     """What a layer turned out to be.
 
-    `dependent`: on another chain the same archive might unpack to another tree.
+    `dependent`: on another chain the same archive might unpack to another tree. `complete`: every content of
+    the archive is in the tree, and none was replaced by a later entry of the same name.
     """
 
     entries: dict[bytes, LayerEntry]
@@ -76,6 +77,7 @@ class Unpacked:
     size_bytes: int
     dropped_xattrs: int
     dependent: bool
+    complete: bool
 
 
 def unpack(reader: TarReader, target_fd: int, below: Below, limits: Limits) -> Unpacked:
@@ -102,6 +104,7 @@ class _Unpacker:
         self._groups = 0
         self._size_bytes = 0
         self._dropped = 0
+        self._complete = True
         self._identity = (os.geteuid(), os.getegid())
 
     def close(self) -> None:
@@ -153,19 +156,28 @@ class _Unpacker:
             return
         if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
             raise BadImage("an entry beneath a whiteout", hint="the image is malformed or hostile")
-        parent = self._tree.parent(parts[:-1])
-        if parts[-1] == _OPAQUE:
-            self._tree.set_opaque(parent)
-        elif parts[-1].startswith(_WHITEOUT):
-            self._white_out(parent, parts[-1].removeprefix(_WHITEOUT))
+        if parts[-1].startswith(_WHITEOUT):
+            self._hide(parts)
         else:
-            self._place(entry, parent, parts[-1], reader)
+            self._place(entry, self._tree.parent(parts[:-1]), parts[-1], reader)
 
     def _take_root(self, entry: Entry) -> None:
         if entry.kind is not Kind.DIRECTORY:
             raise BadImage(f"the root directory as a {entry.kind.value}", hint="the image is malformed or hostile")
         self._tree.root = self._directory_entry(entry)._replace(opaque=self._tree.root.opaque)
         self._root_given = True
+
+    def _hide(self, parts: list[bytes]) -> None:
+        """A whiteout or an opaque marker. Beneath what is no directory there is nothing to hide: umoci writes a
+        whiteout for each file of a directory that became a file."""
+        try:
+            parent = self._tree.parent(parts[:-1])
+        except NoDirectory:
+            return
+        if parts[-1] == _OPAQUE:
+            self._tree.set_opaque(parent)
+        else:
+            self._white_out(parent, parts[-1].removeprefix(_WHITEOUT))
 
     def _white_out(self, parent: bytes, name: bytes) -> None:
         if name in (b"", b".", b".."):
@@ -187,6 +199,7 @@ class _Unpacker:
                 return
             if entry.kind is Kind.LINK and self._link_target(entry)[1] == path:
                 return
+            self._complete &= old.kind not in (Kind.FILE, Kind.DIRECTORY)
             self._tree.remove(path)
         if entry.kind is Kind.DIRECTORY:
             # What it replaces had hidden the lower directory of this name, if there is one.
@@ -194,7 +207,7 @@ class _Unpacker:
         elif entry.kind is Kind.LINK:
             self._make_link(entry, parent, name)
         elif entry.kind is Kind.FILE:
-            self._tree.record(path, self._make_file(entry, self._tree.fd(parent), name, reader))
+            self._tree.record(path, self._make_file(entry, parent, name, reader))
         else:
             self._tree.record(path, self._make_special(entry, self._tree.fd(parent), name))
 
@@ -203,12 +216,13 @@ class _Unpacker:
             Kind.DIRECTORY, entry.mode, entry.uid, entry.gid, entry.mtime_ns, xattrs=self._kept_xattrs(entry)
         )
 
-    def _make_file(self, entry: Entry, fd: int, name: bytes, reader: TarReader) -> LayerEntry:
+    def _make_file(self, entry: Entry, parent: bytes, name: bytes, reader: TarReader) -> LayerEntry:
         if entry.size > self._limits.file_bytes:
             raise BadImage(f"a file of {entry.size} bytes", hint=f"{self._limits.file_bytes} are possible")
         xattrs = self._kept_xattrs(entry)
         digest = hashlib.sha256()
-        file = os.open(name, _CREATE, 0o600, dir_fd=fd)
+        file = os.open(name, _CREATE, 0o600, dir_fd=self._tree.fd(parent))
+        reader.claim(join(parent, name))
         try:
             if entry.extents is None:
                 for piece in reader.data():
@@ -349,6 +363,7 @@ class _Unpacker:
             size_bytes=self._size_bytes,
             dropped_xattrs=self._dropped,
             dependent=self._below.consulted,
+            complete=self._complete,
         )
 
 

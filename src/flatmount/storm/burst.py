@@ -81,7 +81,7 @@ def run_burst(
                 with lock:
                     burst.failures.append(_in_general(from_os_error(error, "start"), container))
 
-    burst.start_ns = _together(concurrency, requester, stop, begin_ns)
+    burst.start_ns = together(concurrency, requester, stop, begin_ns)
     burst.end_ns = time.monotonic_ns()
     late = sum(one.latency_ns > timeout_s * 1e9 for one in burst.started)
     burst.failures += [f"took longer than the time-out of {timeout_s:g} s"] * late
@@ -123,11 +123,11 @@ def undo_burst(burst: Burst, pool: RangePool, *, concurrency: int) -> tuple[dict
                 took[one.container.name] = time.perf_counter_ns() - begun
                 operations += outcome.mount_operations if outcome else 0
 
-    _together(concurrency, undoer, threading.Event())
+    together(concurrency, undoer, threading.Event())
     return took, operations, problems
 
 
-def _together(count: int, work: Callable[[], None], stop: threading.Event, begin_ns: int = 0) -> int:
+def together(count: int, work: Callable[[], None], stop: threading.Event, begin_ns: int = 0) -> int:
     """Run `work` on `count` threads that begin at one moment, not before `begin_ns`; returns that moment."""
     ready = threading.Barrier(count + 1)
     errors: list[BaseException] = []

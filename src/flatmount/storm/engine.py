@@ -17,7 +17,7 @@ from flatmount.kernel.mounts import MountEvents, mount_count
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.kernel.process import owned_name
 from flatmount.plan.facts import HostFacts
-from flatmount.plan.operations import LAYERS, Mount, MountFlag, MountPlan, Operation
+from flatmount.plan.operations import Mount, MountFlag, MountPlan, Operation
 from flatmount.rootfs.assembler import Assembler
 from flatmount.rootfs.image import specification
 from flatmount.rootfs.ranges import RangePool
@@ -91,9 +91,9 @@ def run_storm(
         enter_private_mounts()
     elsewhere = () if uppers is None else (os.path.join(os.path.abspath(uppers), owned_name("flatmount-storm")),)
     with ExitStack() as stack:
-        stop = stack.enter_context(_stoppable())
+        stop = stack.enter_context(stoppable())
         place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
-        _background(place, settings.background)
+        background_mounts(place, settings.background)
         storm = _Storm(store, image, settings, facts, place, elsewhere[0] if elsewhere else f"{place}/uppers", stop)
         probe = stack.enter_context(HealthProbe())
         storm.prepare(progress)
@@ -101,7 +101,7 @@ def run_storm(
         results = [
             storm.measure(name, repeat, accounts[name], probe, progress)
             for repeat in range(settings.repeats)
-            for name in _rotated(settings.strategies, repeat)
+            for name in rotated(settings.strategies, repeat)
         ]
         name = image.name or image.digest
         facts_of_image = ImageFacts(name, len(image.layers), storm.entries)
@@ -116,16 +116,16 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
+def rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
     """Another order in each repeat, so that no strategy always runs after the same other one."""
     by %= len(names)
     return names[by:] + names[:by]
 
 
 @contextmanager
-def _stoppable() -> Iterator[_Stop]:
+def stoppable() -> Iterator[Stop]:
     """SIGINT and SIGTERM ask the storm to stop; it then undoes what stands, which an exception could cut short."""
-    stop = _Stop()
+    stop = Stop()
     before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
@@ -134,7 +134,9 @@ def _stoppable() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-class _Stop:
+class Stop:
+    """Whether a signal asked us to end; `check` raises Interrupted if so."""
+
     def __init__(self) -> None:
         self.event = threading.Event()
         self.number = 0
@@ -148,7 +150,7 @@ class _Stop:
             raise Interrupted(self.number)
 
 
-def _background(place: str, count: int) -> None:
+def background_mounts(place: str, count: int) -> None:
     """Put `count` mounts of an empty directory into the table, beside each other as on a full node."""
     if not count:
         return
@@ -173,7 +175,7 @@ class _Storm:
         facts: HostFacts,
         place: str,
         uppers: str,
-        stop: _Stop,
+        stop: Stop,
     ) -> None:
         self._store = store
         self._image = image
@@ -247,7 +249,7 @@ class _Storm:
         assembler = self._assembler(name, pool)
         wanted = self._containers(repeat)
         if settings.ranges == "ahead":
-            pool.prepare((one.mapping for one in wanted), pinned=LAYERS in assembler.needs)
+            pool.prepare((one.mapping for one in wanted), pinned=assembler.pins)
         before = mount_count()
         gc.collect()
         with Watchers(settings.watchers) as watchers:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-import types
-import typing
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
+from flatmount.decoding import decode
 from flatmount.errors import UsageError
 
 SCHEMA = "flatmount.storm/1"
@@ -257,7 +256,7 @@ class StormReport:
         if schema != SCHEMA:
             found = f"its schema is {schema!r}" if schema else "it names no schema"
             raise UsageError(f"not the results of a storm: {found}", hint=f"give a file with schema {SCHEMA}")
-        return _decode(cls, value, "storm")
+        return decode(cls, value, "storm")
 
 
 def percentile(ordered: Sequence[float], q: float) -> float | None:
@@ -272,63 +271,3 @@ def percentile(ordered: Sequence[float], q: float) -> float | None:
 def _median_ms(values: Iterable[float]) -> float | None:
     known = list(values)
     return round(statistics.median(known), 4) if known else None
-
-
-T = TypeVar("T")
-
-
-def _decode(kind: type[T], value: object, where: str) -> T:
-    """`value` as the dataclass `kind`, every field checked against its annotation."""
-    if not isinstance(value, dict):
-        raise _wrong(where, "an object", value)
-    decoded = {}
-    for name, annotation in typing.get_type_hints(kind).items():
-        if name not in value:
-            raise UsageError(f"{where} lacks {name!r}", hint="the file is cut short or was changed by hand")
-        decoded[name] = _decode_as(annotation, value[name], f"{where}.{name}")
-    return kind(**decoded)
-
-
-def _decode_as(annotation: Any, value: object, where: str) -> Any:
-    if isinstance(annotation, types.UnionType):
-        if value is None:
-            return None
-        (annotation,) = (option for option in annotation.__args__ if option is not types.NoneType)
-    if dataclasses.is_dataclass(annotation):
-        return _decode(typing.cast(type, annotation), value, where)
-    if typing.get_origin(annotation) is tuple:
-        return _decode_tuple(typing.get_args(annotation), value, where)
-    if annotation in (int, float):
-        return _decode_number(annotation, value, where)
-    if not isinstance(value, annotation):
-        raise _wrong(where, {str: "a string", bool: "true or false"}[annotation], value)
-    return value
-
-
-def _decode_tuple(kinds: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise _wrong(where, "a list", value)
-    if kinds[-1] is Ellipsis:
-        kinds = kinds[:1] * len(value)
-    if len(kinds) != len(value):
-        raise _wrong(where, f"a list of {len(kinds)}", value)
-    return tuple(
-        _decode_as(kind, item, f"{where}[{i}]") for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
-    )
-
-
-def _decode_number(kind: type[int] | type[float], value: object, where: str) -> float:
-    # A JSON writer may give a whole float as an integer. To Python, true is an integer too.
-    allowed: Any = (int, float) if kind is float else int
-    if not isinstance(value, allowed) or isinstance(value, bool):
-        raise _wrong(where, "a number" if kind is float else "a whole number", value)
-    number = typing.cast(float, value)
-    if not (math.isfinite(number) and number >= 0):
-        raise _wrong(where, "finite and not negative", value)
-    return kind(number)
-
-
-def _wrong(where: str, expected: str, value: object) -> UsageError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else shown[:37] + "..."
-    return UsageError(f"{where} is not {expected}: {shown}", hint="the file is damaged or was changed by hand")

@@ -17,6 +17,8 @@ Strategy = Callable[[RootfsSpec, HostFacts], MountPlan]
 STRATEGIES: dict[str, Strategy] = {
     module.NAME: module.build for module in (per_layer, common_parent, detached, flat, chown)
 }
+# Those that share a pinned id-mapped parent between the containers of a range.
+PINNING = (detached.NAME, flat.NAME)
 AUTO = "auto"
 NAMES = (*STRATEGIES, AUTO)
 
@@ -66,6 +68,7 @@ __all__ = [
     "AUTO",
     "MOST_LOWERS",
     "NAMES",
+    "PINNING",
     "STRATEGIES",
     "Attach",
     "Choice",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from flatmount.errors import MissingFeature
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import MountPlan
-from flatmount.strategies.parts import lower, pinned_overlay, read_only_clone
+from flatmount.strategies.parts import pinned_overlay, read_only_clone
 from flatmount.strategies.spec import RootfsSpec, Upper, lowers_of, require_idmapped_layers
 
 NAME = "detached"
@@ -23,4 +23,4 @@ def build(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
             "strategy detached needs overlayfs's lowerdir+ (Linux 6.7), which this kernel does not know",
             hint="--strategy flat needs only 5.19",
         )
-    return pinned_overlay(spec, facts, [lower("lowerdir+", layer) for layer in lowers])
+    return pinned_overlay(spec, facts, "lowerdir+", lowers)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from flatmount.errors import UsageError
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import MountPlan
-from flatmount.strategies.parts import lower, pinned_overlay, read_only_clone
+from flatmount.strategies.parts import pinned_overlay, read_only_clone
 from flatmount.strategies.spec import RootfsSpec, Upper, require_idmapped_layers
 
 NAME = "flat"
@@ -19,4 +19,4 @@ def build(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
         raise UsageError("the image has no flat tree yet", hint="it is built on first use; or use --strategy detached")
     if spec.upper is Upper.NONE:
         return read_only_clone(spec, spec.flat)
-    return pinned_overlay(spec, facts, [lower("lowerdir", spec.flat)])
+    return pinned_overlay(spec, facts, "lowerdir", [spec.flat])

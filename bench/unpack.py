@@ -1,0 +1,141 @@
+"""Images into the store beside `umoci unpack` and `skopeo copy` to containers-storage, on the same file system."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import perf_counter_ns
+
+from bench.measure import Figures, ratio, rounds, show_ratio
+from flatmount.image.demo import build_demo, default_cache
+from flatmount.kernel.namespaces import enter_private_mounts
+from flatmount.store import Store
+
+ROUNDS = 3
+METHOD = f"""\
+Whole commands, one after the other, each into fresh directories; {ROUNDS} rounds, the order rotates. Milliseconds of
+wall time: median (range). "ext4" is one of its own, in a file in /var/tmp, so that what ours waits for (it ends with a
+syncfs) are its own writes. umoci ends in the page cache; unpack also hashes what it unpacked, as ours does, raw unpack
+does not.
+"""
+
+
+def run() -> None:
+    """The whole section."""
+    print(METHOD)
+    enter_private_mounts()
+    with tempfile.TemporaryDirectory(prefix="flatmount-bench-", dir="/var/tmp") as place:
+        demo = os.path.join(place, "demo")
+        build_demo(demo, layers=60, cache=default_cache(), name="demo")
+        images = {"the demo image, 60 layers": f"{demo}:demo"}
+        if shutil.which("mmdebstrap") and shutil.which("umoci"):
+            images["a Debian system made by mmdebstrap, one layer"] = _system(place)
+        else:
+            print("no mmdebstrap or umoci here: without the Debian system (tools/setup --tests installs both)")
+        for kind in ("tmpfs", "ext4"):
+            for what, image in images.items():
+                with _mounted(kind, place) as target:
+                    _section(f"{what}, on {kind}", image, target)
+
+
+@contextmanager
+def _mounted(kind: str, place: str) -> Iterator[str]:
+    """A file system of the section's own."""
+    target, file = os.path.join(place, "target"), os.path.join(place, "disk.img")
+    os.mkdir(target)
+    command = ["mount", "-t", "tmpfs", "bench", target]
+    if kind == "ext4":
+        with open(file, "wb") as out:
+            out.truncate(4 << 30)
+        _quiet("mkfs.ext4", "-q", file)
+        command = ["mount", "-o", "loop", file, target]
+    subprocess.run(command, check=True)
+    try:
+        yield target
+    finally:
+        subprocess.run(["umount", target], check=True)
+        os.rmdir(target)
+        if kind == "ext4":
+            os.unlink(file)
+
+
+def _system(place: str) -> str:
+    archive, layout = os.path.join(place, "system.tar"), os.path.join(place, "oci")
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+    for command in (
+        ["mmdebstrap", "--quiet", "--variant=essential", "bookworm", archive],
+        ["umoci", "init", "--layout", layout],
+        ["umoci", "new", "--image", f"{layout}:system"],
+        ["umoci", "config", "--image", f"{layout}:system", "--architecture", machine, "--os", "linux"],
+        ["umoci", "raw", "add-layer", "--image", f"{layout}:system", archive],
+    ):
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    os.unlink(archive)
+    return f"{layout}:system"
+
+
+def _section(what: str, image: str, place: str) -> None:
+    flatten, again = [], []
+
+    def fresh(measure: Callable[[str], None]) -> Callable[[int], float]:
+        def timed(number: int) -> float:
+            with tempfile.TemporaryDirectory(prefix="round-", dir=place) as directory:
+                begun = perf_counter_ns()
+                measure(directory)
+                took = perf_counter_ns() - begun
+                _tidy(directory, flatten, again, image)
+            return took / 1e6
+
+        return timed
+
+    measures = {"flatmount image import": fresh(lambda d: _flatmount(image, d))}
+    if shutil.which("umoci"):
+        measures["umoci unpack"] = fresh(lambda d: _quiet("umoci", "unpack", "--image", image, f"{d}/bundle"))
+        measures["umoci raw unpack"] = fresh(lambda d: _quiet("umoci", "raw", "unpack", "--image", image, f"{d}/root"))
+    if shutil.which("skopeo"):
+        measures["skopeo copy"] = fresh(lambda d: _skopeo(image, d))
+    seen = rounds(measures, ROUNDS)
+    print(what)
+    for name, figures in seen.items():
+        print(f"  {name:<34} {figures}")
+    ours = seen["flatmount image import"]
+    print(f"  {'flatten, as hard links':<34} {Figures(tuple(flatten))}")
+    print(f"  {'the same import again, whole':<34} {Figures(tuple(again))}")
+    for name in measures.keys() - {"flatmount image import"}:
+        show_ratio(f"{name} / flatmount image import", ratio(seen[name], ours), target="1.0 or more")
+    show_ratio("flatten / import", ratio(Figures(tuple(flatten)), ours), target="0.25 or less")
+    print()
+
+
+def _flatmount(image: str, directory: str) -> None:
+    _quiet(sys.executable, "-m", "flatmount", "image", "import", image, "--root", f"{directory}/store", "--name", "i")
+
+
+def _skopeo(image: str, directory: str) -> None:
+    _quiet(
+        "skopeo", "--insecure-policy", "copy", "-q", f"oci:{image}",
+        f"containers-storage:[overlay@{directory}/graph+{directory}/run]i",
+    )  # fmt: skip
+
+
+def _tidy(directory: str, flatten: list[float], again: list[float], image: str) -> None:
+    """What is measured on a store that was just filled, and what containers-storage leaves mounted."""
+    if os.path.isdir(f"{directory}/store"):
+        with Store.open(f"{directory}/store") as store:
+            begun = perf_counter_ns()
+            store.import_image(image, name="i")
+            again.append((perf_counter_ns() - begun) / 1e6)
+            begun = perf_counter_ns()
+            store.ensure_flat(store.image("i"))
+            flatten.append((perf_counter_ns() - begun) / 1e6)
+    if os.path.isdir(f"{directory}/graph/overlay"):
+        subprocess.run(["umount", f"{directory}/graph/overlay"], check=False, stderr=subprocess.DEVNULL)
+
+
+def _quiet(*command: str) -> None:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)

@@ -1,0 +1,1 @@
+"""Engines: what starts the containers of a storm. One module each."""

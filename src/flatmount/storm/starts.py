@@ -1,0 +1,262 @@
+"""A storm of real containers: each engine in turn, wave after wave, from the request to the first instruction."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from flatmount.errors import FlatmountError, MissingFeature, UsageError, from_os_error
+from flatmount.kernel.mounts import mount_count
+from flatmount.kernel.namespaces import enter_private_mounts
+from flatmount.plan.facts import HostFacts
+from flatmount.plan.mapping import Mapping
+from flatmount.rootfs.workplace import workplace
+from flatmount.runtime.records import new_id
+from flatmount.runtime.request import Attachment
+from flatmount.store import Store, StoredImage
+from flatmount.storm.burst import together
+from flatmount.storm.containers import FIRST_HOST_ID, MOST_CONTAINERS, RANGE_SIZE
+from flatmount.storm.engine import Progress, Stop, background_mounts, rotated, stoppable
+from flatmount.storm.engines.base import Arrivals, Ask, Engine
+from flatmount.storm.engines.containerd import ContainerdEngine
+from flatmount.storm.engines.own import FlatmountEngine
+from flatmount.storm.engines.podman import PodmanEngine
+from flatmount.storm.engines.runc import RuncEngine
+from flatmount.storm.host import now_utc, this_host
+from flatmount.storm.probe import HealthProbe
+from flatmount.storm.results import ImageFacts, LatencyMs, ProbeMs
+from flatmount.storm.starts_results import Skipped, StartSettings, StartsReport, WaveResult
+
+NAMES = ("flatmount", "flatmount-host", "runc", "runc-plain", "containerd", "podman")
+
+
+@dataclass(slots=True)
+class _Wave:
+    begun_ns: int = 0
+    ended_ns: int = 0
+    latencies_ns: list[int] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+
+def run_starts(
+    store: Store,
+    image: StoredImage,
+    settings: StartSettings,
+    *,
+    facts: HostFacts,
+    run: str,
+    layout: str | None,
+    containerd: str | None = None,
+    progress: Progress,
+) -> StartsReport:
+    """Run the whole storm; as flatmount.storm.engine.run_storm, with real containers.
+
+    Args:
+        layout: the image as an OCI layout, for engines with image stores of their own.
+        containerd: a directory with other binaries of containerd than those on PATH.
+
+    Raises: FlatmountError; Interrupted.
+    """
+    _check(settings)
+    taken_at = now_utc()
+    if not settings.on_host:
+        enter_private_mounts()
+    skipped: list[Skipped] = []
+    with ExitStack() as stack:
+        stop = stack.enter_context(stoppable())
+        place = stack.enter_context(workplace(run, "storm"))
+        background_mounts(place, settings.background)
+        arrivals = stack.enter_context(Arrivals(f"{place}/first"))
+        makers = _makers(store, image, run, facts, arrivals.directory, place, layout, containerd)
+        engines: dict[str, Engine] = {}
+        for name in settings.engines:
+            progress(f"{name}: getting ready")
+            try:
+                engines[name] = stack.enter_context(makers[name]())
+            except (MissingFeature, UsageError) as missing:
+                skipped.append(Skipped(name, missing.line()))
+            stop.check()
+        probe = stack.enter_context(HealthProbe())
+        waves: list[WaveResult] = []
+        for repeat in range(settings.repeats):
+            for name in rotated(tuple(engines), repeat) if engines else ():
+                waves += _engine_waves(engines[name], name, repeat, settings, arrivals, probe, stop, progress)
+        named = ImageFacts(image.name or image.digest, len(image.layers), image.files)
+        return StartsReport(taken_at, this_host(), named, settings, tuple(skipped), tuple(waves))
+
+
+def _check(settings: StartSettings) -> None:
+    unknown = next((name for name in settings.engines if name not in NAMES), None)
+    if unknown is not None:
+        raise UsageError(f"there is no engine {unknown!r}", hint=f"one of {', '.join(NAMES)}")
+    if settings.containers * settings.waves > MOST_CONTAINERS:
+        raise UsageError("so many containers need more host ids than there are", hint=f"at most {MOST_CONTAINERS}")
+
+
+def _makers(
+    store: Store,
+    image: StoredImage,
+    run: str,
+    facts: HostFacts,
+    arrivals: str,
+    place: str,
+    layout: str | None,
+    containerd: str | None,
+) -> dict[str, Callable[[], Any]]:
+    def of_layout(make: Callable[[str], Engine]) -> Engine:
+        if layout is None:
+            raise MissingFeature("it needs the image as an OCI layout", hint="--layout names it")
+        return make(layout)
+
+    def own(attachment: Attachment) -> Engine:
+        return FlatmountEngine(store, image, run, facts, arrivals, attachment)
+
+    return {
+        "flatmount": lambda: own(Attachment.PRIVATE),
+        "flatmount-host": lambda: own(Attachment.HOST),
+        "runc": lambda: RuncEngine(store, image, run, facts, arrivals, place, plain=False),
+        "runc-plain": lambda: RuncEngine(store, image, run, facts, arrivals, place, plain=True),
+        "containerd": lambda: of_layout(
+            lambda known: ContainerdEngine(image, known, arrivals, place, directory=containerd)
+        ),
+        "podman": lambda: of_layout(lambda known: PodmanEngine(known, arrivals, place)),
+    }
+
+
+def _engine_waves(
+    engine: Engine,
+    name: str,
+    repeat: int,
+    settings: StartSettings,
+    arrivals: Arrivals,
+    probe: HealthProbe,
+    stop: Stop,
+    progress: Progress,
+) -> list[WaveResult]:
+    """All waves of an engine in one repeat; whatever it started is undone afterwards, also after an error."""
+    held: list[Any] = []
+    results: list[WaveResult] = []
+    tag = new_id()
+    try:
+        for number in range(settings.waves):
+            progress(f"repeat {repeat + 1} of {settings.repeats}, {name}: wave {number + 1} of {settings.waves}")
+            running = len(held)
+            asks = _asks(f"{tag}-{number}", number * settings.containers, settings.containers)
+            gc.collect()
+            before = mount_count()
+            wave = _one_wave(engine, asks, held, settings, arrivals, stop)
+            standing = mount_count()
+            window = probe.between(wave.begun_ns, wave.ended_ns)
+            undone = None if settings.hold else _undo(engine, held, settings.concurrency)
+            results.append(
+                _result(name, repeat, number, running, wave, settings, window.rounds, before, standing, undone)
+            )
+            stop.check()
+    finally:
+        progress(f"{name}: undoing")
+        _undo(engine, held, settings.concurrency)
+    return results
+
+
+def _asks(tag: str, first: int, count: int) -> list[Ask]:
+    return [
+        Ask(f"s{tag}-{i}", Mapping.single(FIRST_HOST_ID + (first + i) * RANGE_SIZE, RANGE_SIZE), holds=True)
+        for i in range(count)
+    ]
+
+
+def _one_wave(
+    engine: Engine, asks: Sequence[Ask], held: list[Any], settings: StartSettings, arrivals: Arrivals, stop: Stop
+) -> _Wave:
+    wave = _Wave()
+    waiting = iter(asks)
+    lock = threading.Lock()
+
+    def one(ask: Ask) -> None:
+        asked_ns = time.monotonic_ns()
+        started = engine.start(ask)
+        with lock:
+            held.append(started)
+        first_ns = arrivals.wait(ask.name, asked_ns / 1e9 + settings.timeout_s)
+        with lock:
+            wave.latencies_ns.append(first_ns - asked_ns)
+
+    def requester() -> None:
+        while not stop.event.is_set():
+            with lock:
+                ask = next(waiting, None)
+            if ask is None:
+                return
+            try:
+                one(ask)
+            except (FlatmountError, OSError) as error:
+                told = from_os_error(error, "start") if isinstance(error, OSError) else error
+                with lock:
+                    wave.failures.append(str(told).replace(ask.name, "NAME"))
+
+    wave.begun_ns = together(min(settings.concurrency, len(asks)), requester, stop.event)
+    wave.ended_ns = time.monotonic_ns()
+    return wave
+
+
+def _undo(engine: Engine, held: list[Any], concurrency: int) -> float:
+    """End everything in `held`; empties it. Returns seconds. Raises: FlatmountError for the first that failed."""
+    problems: list[str] = []
+
+    def undoer() -> None:
+        while True:
+            try:
+                started = held.pop()
+            except IndexError:
+                return
+            try:
+                engine.undo(started)
+            except (FlatmountError, OSError) as error:
+                problems.append(str(error))
+
+    begun = time.monotonic()
+    if held:
+        # Few at a time: ending a container is the kernel's work, and many threads only wait for each other.
+        together(min(concurrency, 2 * (os.cpu_count() or 1)), undoer, threading.Event())
+    if problems:
+        raise FlatmountError(f"{len(problems)} containers could not be undone: {problems[0]}")
+    return time.monotonic() - begun
+
+
+def _result(
+    name: str,
+    repeat: int,
+    number: int,
+    running: int,
+    wave: _Wave,
+    settings: StartSettings,
+    rounds: Sequence[tuple[float, float]],
+    before: int,
+    standing: int,
+    undone: float | None,
+) -> WaveResult:
+    wall_s = (wave.ended_ns - wave.begun_ns) / 1e9
+    latencies = tuple(round(value / 1e6, 3) for value in wave.latencies_ns)
+    return WaveResult(
+        engine=name,
+        repeat=repeat,
+        wave=number,
+        running_before=running,
+        containers=settings.containers,
+        failed=len(wave.failures),
+        failures=tuple(dict.fromkeys(wave.failures))[:5],
+        wall_s=round(wall_s, 4),
+        starts_per_s=round(len(latencies) / wall_s, 3),
+        latency_ms=LatencyMs.of(latencies),
+        probe_ms=ProbeMs.of(round(ms, 3) for _, ms in rounds),
+        mounts_before=before,
+        mounts_standing=standing,
+        undo_s=None if undone is None else round(undone, 4),
+        latencies_ms=latencies,
+    )

@@ -1,0 +1,130 @@
+"""States made for real, which the doctor has to name with their owner."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flatmount.kernel.executor import run_once
+from flatmount.observe.doctor.checks import diagnose
+from flatmount.observe.doctor.findings import Finding, Severity
+from flatmount.observe.doctor.gather import gather, largest_peers
+from flatmount.observe.doctor.software import try_idmap
+from flatmount.observe.tiny_image import write_tiny_image
+from flatmount.plan.operations import Mount, MountFlag, MountPlan
+from flatmount.store import Store
+
+MANY = 20_000
+
+
+def found() -> dict[str, Finding]:
+    return {finding.id: finding for finding in diagnose(gather())}
+
+
+@pytest.fixture
+def kubelet() -> Iterator[Path]:
+    """A /var/lib/kubelet that only this test's namespace has."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "lib", "/var/lib"], check=True)
+    directory = Path("/var/lib/kubelet/pods")
+    directory.mkdir(parents=True)
+    yield directory
+    subprocess.run(["umount", "-l", "/var/lib"], check=True)
+
+
+def test_twenty_thousand_mounts_and_whose_they_are(kubelet: Path) -> None:
+    operations = []
+    for number in range(MANY):
+        (kubelet / str(number)).mkdir()
+        operations.append(Mount(str(kubelet), f"{kubelet}/{number}", None, MountFlag.BIND))
+    run_once(MountPlan(tuple(operations)))
+    finding = found()["table-large"]
+    assert (finding.severity, finding.owner) == (Severity.CRITICAL, "kubelet")
+    assert "kubelet 20,000" in finding.evidence[0]
+
+
+def test_leaked_mounts_that_a_foreign_namespace_holds(ram: Path) -> None:
+    points = [ram / f"ovl-idmapped{number}" for number in range(50)]
+    for point in points:
+        point.mkdir()
+        subprocess.run(["mount", "--bind", ram, point], check=True)
+    with subprocess.Popen(["unshare", "-m", "sleep", "60"]) as holder:
+        time.sleep(0.3)
+        for point in points:
+            subprocess.run(["umount", point], check=True)
+        try:
+            finding = found()["leaked-mounts"]
+        finally:
+            holder.kill()
+    assert finding.owner == "containerd"
+    assert finding.title.startswith("50 temporary mounts of containerd")
+    assert f"sleep [{holder.pid}] (50)" in finding.evidence[1]
+
+
+def test_a_busy_watcher() -> None:
+    program = "import os\nf = os.open('/proc/self/mountinfo', 0)\nwhile True: os.lseek(f, 0, 0), os.read(f, 1 << 20)"
+    with subprocess.Popen([sys.executable, "-c", program]) as watcher:
+        time.sleep(0.3)
+        try:
+            findings = diagnose(gather())
+        finally:
+            watcher.kill()
+    assert any(f"[{watcher.pid}]" in finding.evidence[0] for finding in findings if finding.id == "watcher-busy")
+
+
+def test_a_directory_that_is_shared_with_itself(ram: Path) -> None:
+    base = ram / "base"
+    base.mkdir()
+    subprocess.run(["mount", "--bind", base, base], check=True)
+    subprocess.run(["mount", "--make-shared", base], check=True)
+    for number in range(8):
+        target = ram / f"copy{number}"
+        target.mkdir()
+        subprocess.run(["mount", "--bind", base, target], check=True)
+    finding = found()["propagation-loop"]
+    assert finding.title == f"each mount below {base} is made 9 times"
+
+
+def test_a_per_layer_storm_under_way(ram: Path) -> None:
+    image, root = str(ram / "image"), str(ram / "store")
+    write_tiny_image(image, 30)
+    with Store.open(root, create=True) as store:
+        store.import_image(image, name="tiny")
+    command = [sys.executable, "-m", "flatmount", "storm", "tiny", "--root", root, "--strategies", "per-layer"]
+    command += ["--containers", "40", "--concurrency", "2", "--repeats", "1000"]
+    environment = {**os.environ, "FLATMOUNT_RUN": str(ram / "run")}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as storm:
+        try:
+            time.sleep(3)
+            assert storm.poll() is None
+            findings = diagnose(gather())
+        finally:
+            storm.terminate()
+            storm.communicate(timeout=60)
+    named = [one for one in findings if one.id == "per-layer-assembly" and f"[{storm.pid}]" in one.evidence[0]]
+    assert len(named) == 1
+    assert named[0].severity is Severity.CRITICAL
+
+
+def test_a_quiet_table_has_no_loop_and_an_ordinary_file_system_can_be_id_mapped(ram: Path) -> None:
+    assert try_idmap(str(ram)) == ""
+    assert "EINVAL" in try_idmap("/proc")
+    assert largest_peers(()) == (0, "")
+
+
+def test_without_root_it_works_and_says_what_it_did_not_see() -> None:
+    # Everything is loaded first: the interpreter itself may be where only root can read.
+    program = "import codecs, os\nfrom flatmount.cli.main import main, parser\nparser(), codecs.lookup('ascii')\n"
+    program += "os.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\nraise SystemExit(main(['doctor', '--json']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode in (0, 1), done.stderr
+    said = json.loads(done.stdout)
+    assert said["mounts"] > 0
+    assert any("run as root" in what for what in said["unseen"])
+    assert any("who makes mount calls" in what for what in said["unseen"])
