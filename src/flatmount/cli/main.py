@@ -37,6 +37,7 @@ _VERBS = (
     "cpu",
     "snapshotter",
     "containerd",
+    "config",
 )
 
 

@@ -12,9 +12,11 @@ import socket
 import stat
 import sys
 import time
+from dataclasses import dataclass
 
 import grpc
 
+from flatmount.config import Snapshotter
 from flatmount.errors import FlatmountError, UsageError
 from flatmount.kernel.probes import probe
 from flatmount.rootfs.workplace import ensure_run_directory
@@ -22,7 +24,6 @@ from flatmount.snapshotter.activation import Relay, inherited_socket, notify, wa
 from flatmount.snapshotter.metrics import Metrics
 from flatmount.snapshotter.model import Form
 from flatmount.snapshotter.service import Service
-from flatmount.snapshotter.settings import Settings
 from flatmount.snapshotter.snapshots import Snapshots
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
@@ -49,7 +50,16 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-def run(settings: Settings) -> int:
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a service is: its store, its run directory and its socket, all absolute."""
+
+    root: str
+    run: str
+    socket: str
+
+
+def run(place: Place, settings: Snapshotter) -> int:
     """Serve until SIGTERM or SIGINT. Returns the exit code. No mount is undone at the end.
 
     Raises: FlatmountError, when it cannot begin.
@@ -60,36 +70,36 @@ def run(settings: Settings) -> int:
     root.addHandler(handler)
     root.setLevel(settings.log_level.upper())
     try:
-        return asyncio.run(_serve(settings))
+        return asyncio.run(_serve(place, settings))
     finally:
         root.removeHandler(handler)
 
 
-async def _serve(settings: Settings) -> int:
+async def _serve(place: Place, settings: Snapshotter) -> int:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
-    ensure_run_directory(settings.run)
-    disk = await asyncio.to_thread(lambda: Disk.open(settings.root, create=True))
+    ensure_run_directory(place.run)
+    disk = await asyncio.to_thread(lambda: Disk.open(place.root, create=True))
     try:
         await asyncio.to_thread(lambda: Database.create(os.path.join(disk.base, "state.db")).close())
         facts = (await asyncio.to_thread(probe, disk.data)).facts
         if not facts.idmapped_layers:
             log.warning("this host cannot id-map layers: containers with a user range of their own will be refused")
         form = chosen_form(settings.form)
-        snapshots = Snapshots(disk, settings.run, facts, form, flatten_after_s=settings.flatten_after_s)
+        snapshots = Snapshots(disk, place.run, facts, form)
         await snapshots.start()
         metrics = Metrics()
         service = Service(snapshots, metrics, settings.deadline_s)
         async with contextlib.AsyncExitStack() as stack:
-            await _listen(stack, service, settings.socket)
+            await _listen(stack, service, place.socket)
             if settings.metrics:
                 await stack.enter_async_context(await _metrics_server(settings.metrics, metrics, snapshots))
             tending = asyncio.create_task(_tend(service, snapshots))
             stack.callback(tending.cancel)
             notify("READY=1\nSTATUS=serving")
-            log.info("serving", extra={"socket": settings.socket, "store": settings.root, "form": form.value})
+            log.info("serving", extra={"socket": place.socket, "store": place.root, "form": form.value})
             await stopping.wait()
             notify("STOPPING=1")
             log.info("stopping")
