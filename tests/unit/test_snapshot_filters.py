@@ -33,7 +33,7 @@ BARE = Info("p", "", Kind.COMMITTED, 1, 2, {})
         ("labels.dotted.key==z", True),
         ("labels.m!=2", True),
         ("name~=/^default\\/[0-9]+\\/a/", True),
-        ("name~=|a-(wl|x)$|", True),
+        ("name~=|a-(wl)$|", True),
         ('name~="("', False),
         (" kind == active , labels.l == 2 ", True),
         ("kind==active,labels.l==3", False),
