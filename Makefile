@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 RUN := $(VENV)/bin
 DEMO_ROOT ?= $(CURDIR)/.demo/store
 DEMO_PAGE ?= $(CURDIR)/.demo/storm.html
-NATIVE := $(wildcard native/*.c native/*.h native/shim/*.c native/shim/*.h)
+NATIVE := $(wildcard native/*.c native/*.h native/*/*.c native/*/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint man format soak bench bench-peers processors fuzz sanitize package clean
+.PHONY: help setup demo test lint man format soak conformance wire bench bench-peers processors fuzz sanitize package clean
 
 help: ## show what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -48,6 +48,13 @@ soak: $(READY) ## the long rounds that `make test` runs a seeded tenth of
 	tools/setup --tests
 	FLATMOUNT_SOAK=1 $(RUN)/pytest tests -m soak --timeout 7200
 
+conformance: $(READY) ## containerd's own suite against the snapshotter, in each form
+	tools/setup --tests
+	$(RUN)/pytest tests/conformance
+
+wire: $(READY) ## the Python of the snapshotter's wire format
+	$(RUN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src flatmount/snapshotter/wire/snapshots.proto
+
 bench: $(READY) ## the ratios, each measured in one run
 	$(RUN)/python -m bench
 
@@ -74,4 +81,4 @@ package: $(READY) ## a wheel and a Debian package in dist/, each installed and t
 
 clean: ## remove what was built; stores and caches elsewhere stay
 	rm -rf $(VENV) build dist .demo .fuzz .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
-	find src \( -name '*.so' -o -name flatmount-shim \) -delete
+	find src \( -name '*.so' -o -name flatmount-shim -o -name flatmount-assemble \) -delete

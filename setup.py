@@ -1,4 +1,4 @@
-"""The native part: an extension on the stable ABI, so that one wheel serves Python 3.11 and later, and a program."""
+"""The native part: an extension on the stable ABI, so that one wheel serves Python 3.11 and later, and programs."""
 
 from pathlib import Path
 
@@ -13,23 +13,29 @@ def sources(directory: str) -> list[str]:
     return sorted(str(path) for path in Path(directory).glob("*.c"))
 
 
+# Where a program is, and how it is linked. The shim is static: it runs in containers without a C library, and starts
+# in half the time.
+PROGRAMS = {
+    "flatmount-shim": ("native/shim", ["-static", "-Wl,-z,noexecstack"]),
+    "flatmount-assemble": ("native/assemble", []),
+}
+
+
 class BuildNative(build_ext):
-    """Builds the shim beside the extension, so that it goes wherever that goes."""
+    """Builds the programs beside the extension, so that they go wherever that goes."""
 
     def run(self) -> None:
         super().run()
-        objects = self.compiler.compile(
-            sources("native/shim"), output_dir=self.build_temp, macros=MACROS, extra_postargs=FLAGS
-        )
         beside = Path(self.get_ext_fullpath(self.extensions[0].name)).parent
-        # Static: it runs in containers that have no C library, and starts in half the time.
-        self.compiler.link_executable(
-            objects, "flatmount-shim", output_dir=str(beside), extra_postargs=["-static", "-Wl,-z,noexecstack"]
-        )
+        for name, (directory, linking) in PROGRAMS.items():
+            objects = self.compiler.compile(
+                sources(directory), output_dir=self.build_temp, macros=MACROS, extra_postargs=FLAGS
+            )
+            self.compiler.link_executable(objects, name, output_dir=str(beside), extra_postargs=linking)
 
     def get_outputs(self) -> list[str]:
         extensions: list[str] = super().get_outputs()
-        return [*extensions, *(str(Path(path).parent / "flatmount-shim") for path in extensions)]
+        return [*extensions, *(str(Path(path).parent / name) for path in extensions for name in PROGRAMS)]
 
 
 setup(

@@ -10,27 +10,37 @@
     ca_file = "/etc/ssl/own.pem"    # trusted beside the system's authorities
     mirrors = ["mirror.example"]    # HOST[:PORT][/PREFIX], asked first, in this order
 
+    [snapshotter]
+    form = "auto"                   # what containerd is given to mount: auto, overlay, bind or helper
+    deadline_s = 30                 # seconds after which a call is told that it takes too long
+    metrics = "127.0.0.1:9400"      # serve Prometheus metrics there; "" for nowhere
+    log_level = "info"              # debug, info, warning or error
+
 A mirror's own table says how it is reached.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flatmount.errors import UsageError, from_os_error
 
 DEFAULT_PATH = "/etc/flatmount/config.toml"
 MOST_PARALLEL_LAYERS = 32
+SNAPSHOT_FORMS = ("auto", "overlay", "bind", "helper")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 HOST = re.compile(
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*"
     r"|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 )
 _MIRROR = re.compile(HOST.pattern + r"(?:/[a-z0-9._/-]*[a-z0-9])?")
+_ADDRESS = re.compile(HOST.pattern.removesuffix("?"))
 _Table = Mapping[str, Any]
 
 
@@ -51,11 +61,22 @@ class Pull:
 
 
 @dataclass(frozen=True, slots=True)
+class Snapshotter:
+    """How containerd's snapshots are served. `metrics` is HOST:PORT, or "" for none."""
+
+    form: str = "auto"
+    deadline_s: int = 30
+    metrics: str = ""
+    log_level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """The whole configuration; what no file says has its default."""
 
     pull: Pull = Pull()
     registries: Mapping[str, Registry] = field(default_factory=dict)
+    snapshotter: Snapshotter = Snapshotter()
 
     def registry(self, host: str) -> Registry:
         """What is said about `host`, HOST or HOST:PORT."""
@@ -90,13 +111,14 @@ def parse(raw: bytes, where: str) -> Config:
         raise UsageError(
             f"{where}: version is {top.get('version', 'not given')!r}", hint="this flatmount reads `version = 1`"
         )
-    _known(top, ("version", "pull", "registries"), where)
+    _known(top, ("version", "pull", "registries", "snapshotter"), where)
     pull = _table(top, "pull", where)
     _known(pull, ("parallel_layers",), f"{where}: [pull]")
     registries = _table(top, "registries", where)
     return Config(
-        Pull(_whole(pull, "parallel_layers", Pull().parallel_layers, f"{where}: [pull]")),
+        Pull(_whole(pull, "parallel_layers", Pull().parallel_layers, f"{where}: [pull]", most=MOST_PARALLEL_LAYERS)),
         {host: _registry(_table(registries, host, where), host, where) for host in registries},
+        _snapshotter(_table(top, "snapshotter", where), f"{where}: [snapshotter]"),
     )
 
 
@@ -132,8 +154,39 @@ def _table(table: _Table, key: str, where: str) -> _Table:
     return value
 
 
-def _whole(table: _Table, key: str, default: int, where: str) -> int:
+def _snapshotter(table: _Table, where: str) -> Snapshotter:
+    default = Snapshotter()
+    _known(table, ("form", "deadline_s", "metrics", "log_level"), where)
+    metrics = table.get("metrics", default.metrics)
+    if not isinstance(metrics, str) or not (metrics == "" or _ADDRESS.fullmatch(metrics)):
+        raise UsageError(f"{where}: metrics is {metrics!r}", hint='write HOST:PORT, as in "127.0.0.1:9400"')
+    return Snapshotter(
+        _one_of(table, "form", SNAPSHOT_FORMS, default.form, where),
+        _whole(table, "deadline_s", default.deadline_s, where, most=3600),
+        metrics,
+        _one_of(table, "log_level", LOG_LEVELS, default.log_level, where),
+    )
+
+
+def _one_of(table: _Table, key: str, words: tuple[str, ...], default: str, where: str) -> str:
     value = table.get(key, default)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_PARALLEL_LAYERS:
-        raise UsageError(f"{where}: {key} is {value!r}", hint=f"a whole number from 1 to {MOST_PARALLEL_LAYERS}")
+    if value not in words:
+        raise UsageError(f"{where}: {key} is {value!r}", hint=f"one of {', '.join(words)}")
+    return str(value)
+
+
+def _whole(table: _Table, key: str, default: int, where: str, *, most: int) -> int:
+    value = table.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise UsageError(f"{where}: {key} is {value!r}", hint=f"a whole number from 1 to {most}")
     return value
+
+
+def dump(config: Config) -> str:
+    """The configuration as a file that says everything, defaults too."""
+    lines = ["version = 1", "", "[pull]", f"parallel_layers = {config.pull.parallel_layers}", "", "[snapshotter]"]
+    lines += (f"{name} = {json.dumps(value)}" for name, value in asdict(config.snapshotter).items())
+    for host, registry in config.registries.items():
+        lines += ("", f"[registries.{json.dumps(host)}]")
+        lines += (f"{name} = {json.dumps(value)}" for name, value in asdict(registry).items() if value is not None)
+    return "\n".join(lines) + "\n"

@@ -36,6 +36,9 @@ _VERBS = (
     "profile",
     "watch",
     "cpu",
+    "snapshotter",
+    "containerd",
+    "config",
 )
 
 

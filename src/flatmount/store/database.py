@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from flatmount.errors import StoreError
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 _BUSY_S: Final = 60.0
 
 # One script for each version. A number names a tree for ever: `numbers` only counts up, so that a path that
@@ -84,6 +84,28 @@ _MIGRATIONS: Final = (
         PRIMARY KEY (first, size)
     ) WITHOUT ROWID;
     CREATE INDEX ranges_by_holder ON ranges (holder);
+    """,
+    # The snapshot service's; see flatmount.snapshotter.book.
+    """
+    CREATE TABLE snapshots (
+        number INTEGER PRIMARY KEY,
+        name TEXT NOT NULL UNIQUE,
+        kind INTEGER NOT NULL,
+        parent INTEGER REFERENCES snapshots (number),
+        created_ns INTEGER NOT NULL,
+        updated_ns INTEGER NOT NULL,
+        labels TEXT NOT NULL,
+        reference TEXT,
+        uid_map TEXT,
+        gid_map TEXT,
+        form TEXT NOT NULL,
+        host_ids INTEGER NOT NULL,
+        remapped INTEGER NOT NULL,
+        size_bytes INTEGER NOT NULL DEFAULT 0,
+        inodes INTEGER NOT NULL DEFAULT 0
+    );
+    CREATE INDEX snapshots_by_parent ON snapshots (parent);
+    CREATE INDEX snapshots_by_reference ON snapshots (reference) WHERE reference IS NOT NULL;
     """,
 )
 

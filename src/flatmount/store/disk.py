@@ -4,6 +4,7 @@
     ROOT/v1/data/           0700, the one parent of all trees; nothing is ever mounted beneath it
         layers/N flat/N shifted/N    N is the book's number, never used twice
         uppers/                      made by whoever mounts
+        snapshots/N/                 the snapshot service's, which looks after them itself
         staging/N trash/             not yet and no longer visible
     ROOT/v1/entries/N       what was unpacked into layers/N
     ROOT/v1/entries/N.tar   the archive of layers/N without its contents
@@ -28,7 +29,7 @@ from flatmount.errors import StoreError, from_os_error
 from flatmount.kernel.tree import RemovedTree, remove_tree, sync_filesystem
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_DATA: Final = ("layers", "flat", "shifted", "uppers", "staging", "trash")
+_DATA: Final = ("layers", "flat", "shifted", "uppers", "snapshots", "staging", "trash")
 TREES: Final = ("layers", "flat", "shifted")
 
 

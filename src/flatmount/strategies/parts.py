@@ -95,7 +95,7 @@ def pinned_overlay(spec: RootfsSpec, facts: HostFacts, key: str, lowers: Iterabl
     if own:
         operations.append(AssumeIds())
     layers: Text = ""
-    uppers: Text = "uppers/" if own else ""
+    uppers: Text = f"{spec.uppers}/" if own else ""
     if facts.detached_layers:
         to_layers: list[Operation] = [Fchdir(LAYERS)]
         to_uppers: list[Operation] = [] if own else [Fchdir(UPPERS)]
@@ -103,7 +103,7 @@ def pinned_overlay(spec: RootfsSpec, facts: HostFacts, key: str, lowers: Iterabl
         operations.append(Setns(HELPER))
         to_layers = to_uppers = []
         layers = (Parameter.LAYERS_AT, "/")
-        uppers = (Parameter.LAYERS_AT, "/uppers/") if own else (Parameter.UPPERS_AT, "/")
+        uppers = (Parameter.LAYERS_AT, f"/{spec.uppers}/") if own else (Parameter.UPPERS_AT, "/")
     operations += (FsOpen(_CONTEXT, "overlay"), FsConfigString(_CONTEXT, "source", SOURCE), *to_layers)
     operations += (FsConfigString(_CONTEXT, key, below(layers, path)) for path in lowers)
     if spec.upper is not Upper.NONE:

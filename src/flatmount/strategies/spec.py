@@ -48,7 +48,8 @@ class RootfsSpec:
     """One root file system, but for what differs between two containers of the same image.
 
     `layers` are directories below the store's data directory, lowest first; `flat` the flat tree of the same chain and
-    `shifted` a copy of it with changed owners, where they exist. `scratch_bytes` is the length of the temporary names
+    `shifted` a copy of it with changed owners, where they exist. `uppers` is the directory below it that holds the
+    uppers of Upper.STORE. `scratch_bytes` is the length of the temporary names
     that the run will use: the usual code changes its form by the length of mount options.
     """
 
@@ -56,6 +57,7 @@ class RootfsSpec:
     flat: str | None = None
     shifted: str | None = None
     upper: Upper = Upper.STORE
+    uppers: str = "uppers"
     fresh_upper: bool = True
     root: RootDirectory = field(default_factory=RootDirectory)
     attach: Attach = Attach.HOST

@@ -1,0 +1,146 @@
+"""containerd's configuration: our section in, looked at, and out again.
+
+Pure functions from text to text; the file is written by the verb. What we add stands between two marks, and a line that
+we change says what it was, so that it can be undone even after somebody else has edited the file.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from flatmount.errors import FlatmountError, UsageError
+
+NAME = "flatmount"
+DEFAULT_PATH = "/etc/containerd/config.toml"
+BEGIN = "# flatmount: begin; `flatmount containerd uninstall` takes this out"
+END = "# flatmount: end"
+_WAS = "  # flatmount: was "
+_BLOCK = re.compile(rf"\n?{re.escape(BEGIN)}\n.*?{re.escape(END)}\n", re.DOTALL)
+_HEADER = re.compile(r"\s*\[")
+
+# The table that names CRI's snapshotter, by the version of the file.
+_CRI = {
+    2: ("plugins", "io.containerd.grpc.v1.cri", "containerd"),
+    3: ("plugins", "io.containerd.cri.v1.images"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """What a configuration says of us. `socket` is "" where it does not know us."""
+
+    version: int
+    socket: str
+    remap_ids: bool
+    cri: bool
+
+
+def inspect(text: str) -> Installed:
+    """What the configuration in `text` says. Raises: FlatmountError for what is no such file."""
+    top = _parsed(text)
+    version = _version(top)
+    plugin = _table(top, ("proxy_plugins", NAME))
+    cri = _table(top, _CRI[version]).get("snapshotter") == NAME
+    return Installed(version, str(plugin.get("address", "")), "remap-ids" in plugin.get("capabilities", ()), cri)
+
+
+def section(version: int, socket: str, *, cri: bool) -> str:
+    """Our part for a configuration of `version` 2 or 3, as it would stand in a file of its own."""
+    lines = [f"[proxy_plugins.{NAME}]", '  type = "snapshot"', f'  address = "{socket}"']
+    lines.append('  capabilities = ["remap-ids"]')
+    if cri:
+        lines += ["", f"[{_dotted(_CRI[version])}]", f'  snapshotter = "{NAME}"']
+    return "\n".join(lines) + "\n"
+
+
+def install(text: str, socket: str, *, cri: bool) -> str:
+    """The configuration with our section in it; doing it again changes nothing.
+
+    Args:
+        cri: make us the snapshotter of Kubernetes' door as well.
+
+    Raises: UsageError, when somebody else has a section of our name, or the file is written in a way that a section
+        cannot be added to.
+    """
+    clean = uninstall(text)
+    version = _version(_parsed(clean))
+    if _table(_parsed(clean), ("proxy_plugins", NAME)):
+        raise UsageError(
+            f"the configuration has a [proxy_plugins.{NAME}] that is not ours", hint="remove it there and try again"
+        )
+    in_place = cri and bool(_table(_parsed(clean), _CRI[version]))
+    if in_place:
+        clean = _set_snapshotter(clean, _dotted(_CRI[version]))
+    body = section(version, socket, cri=cri and not in_place)
+    made = clean + ("" if not clean or clean.endswith("\n") else "\n") + f"\n{BEGIN}\n{body}{END}\n"
+    try:
+        found = inspect(made)
+    except FlatmountError:
+        found = None
+    if found is None or found.socket != socket or found.cri < cri:
+        raise UsageError(
+            "the configuration is written so that a section cannot be added (inline tables?)",
+            hint="`flatmount containerd install --print` shows what to add by hand",
+        )
+    return made
+
+
+def uninstall(text: str) -> str:
+    """The configuration without anything of ours."""
+    lines = _BLOCK.sub("", text).splitlines(keepends=True)
+    kept: list[str] = []
+    for line in lines:
+        _, mark, was = line.partition(_WAS)
+        if not mark:
+            kept.append(line)
+        elif was.strip() != "nothing":
+            kept.append(was)
+    return "".join(kept)
+
+
+def _set_snapshotter(text: str, table: str) -> str:
+    """Change or add the line in a table that is there."""
+    lines = text.splitlines(keepends=True)
+    header = re.compile(rf"\s*\[\s*{re.escape(table)}\s*\]")
+    at = next((i for i, line in enumerate(lines) if header.match(line.replace("'", '"'))), None)
+    if at is None:
+        raise UsageError(f"the configuration has the table {table} in another form", hint="set its snapshotter by hand")
+    end = next((i for i in range(at + 1, len(lines)) if _HEADER.match(lines[i])), len(lines))
+    ours = f'snapshotter = "{NAME}"{_WAS}'
+    for i in range(at + 1, end):
+        if re.match(r"\s*snapshotter\s*=", lines[i]):
+            lines[i] = ours + lines[i]
+            return "".join(lines)
+    lines.insert(at + 1, ours + "nothing\n")
+    return "".join(lines)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FlatmountError(f"containerd's configuration is not TOML: {error}", hint="correct it first") from None
+
+
+def _version(top: dict[str, Any]) -> int:
+    version = top.get("version", 1)
+    if version not in _CRI:
+        raise UsageError(
+            f"containerd's configuration is of version {version}",
+            hint="versions 2 (containerd 1.6, 1.7) and 3 (2.x) are known; `containerd config migrate` makes one",
+        )
+    return int(version)
+
+
+def _table(top: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    found: Any = top
+    for name in path:
+        found = found.get(name, {}) if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _dotted(path: tuple[str, ...]) -> str:
+    return ".".join(f'"{name}"' if "." in name else name for name in path)

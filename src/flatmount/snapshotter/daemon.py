@@ -1,0 +1,214 @@
+"""The process: socket, signals, readiness, watchdog, metrics. Started, killed and started again at any moment."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import time
+from dataclasses import dataclass
+
+import grpc
+
+from flatmount.config import Snapshotter
+from flatmount.errors import FlatmountError, UsageError
+from flatmount.kernel.probes import probe
+from flatmount.rootfs.workplace import ensure_run_directory
+from flatmount.snapshotter.activation import Relay, inherited_socket, notify, watchdog_s
+from flatmount.snapshotter.metrics import Metrics
+from flatmount.snapshotter.model import Form
+from flatmount.snapshotter.service import Service
+from flatmount.snapshotter.snapshots import Snapshots
+from flatmount.store.database import Database
+from flatmount.store.disk import Disk
+
+log = logging.getLogger("flatmount.snapshotter")
+
+# A stop may take a second altogether, and the book and the server need some of it.
+_GRACE_S = 0.4
+_HEALTH_EVERY_S = 5.0
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, message, and whatever else the record carries."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        seconds, rest = divmod(record.created, 1)
+        when = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(rest * 1000):03}Z"
+        line = {"time": when, "level": record.levelname.lower(), "msg": record.getMessage()}
+        line |= {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a service is: its store, its run directory and its socket, all absolute."""
+
+    root: str
+    run: str
+    socket: str
+
+
+def run(place: Place, settings: Snapshotter) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit code. No mount is undone at the end.
+
+    Raises: FlatmountError, when it cannot begin.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    root = logging.getLogger("flatmount")
+    root.addHandler(handler)
+    root.setLevel(settings.log_level.upper())
+    try:
+        return asyncio.run(_serve(place, settings))
+    finally:
+        root.removeHandler(handler)
+
+
+async def _serve(place: Place, settings: Snapshotter) -> int:
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    ensure_run_directory(place.run)
+    disk = await asyncio.to_thread(lambda: Disk.open(place.root, create=True))
+    try:
+        await asyncio.to_thread(lambda: Database.create(os.path.join(disk.base, "state.db")).close())
+        facts = (await asyncio.to_thread(probe, disk.data)).facts
+        if not facts.idmapped_layers:
+            log.warning("this host cannot id-map layers: containers with a user range of their own will be refused")
+        form = chosen_form(settings.form)
+        snapshots = Snapshots(disk, place.run, facts, form)
+        await snapshots.start()
+        metrics = Metrics()
+        service = Service(snapshots, metrics, settings.deadline_s)
+        async with contextlib.AsyncExitStack() as stack:
+            await _listen(stack, service, place.socket)
+            if settings.metrics:
+                await stack.enter_async_context(await _metrics_server(settings.metrics, metrics, snapshots))
+            tending = asyncio.create_task(_tend(service, snapshots))
+            stack.callback(tending.cancel)
+            notify("READY=1\nSTATUS=serving")
+            log.info("serving", extra={"socket": place.socket, "store": place.root, "form": form.value})
+            await stopping.wait()
+            notify("STOPPING=1")
+            log.info("stopping")
+            await service.finish(_GRACE_S)
+        await snapshots.close()
+    finally:
+        disk.close()
+    return 0
+
+
+def chosen_form(name: str) -> Form:
+    """The form that a configuration names. `auto` is `overlay`: docs/containerd.md has the figures.
+
+    Raises: UsageError.
+    """
+    if name == "auto":
+        return Form.OVERLAY
+    try:
+        return Form(name)
+    except ValueError:
+        raise UsageError(f"there is no form {name!r}", hint="one of auto, overlay, bind, helper") from None
+
+
+async def _listen(stack: contextlib.AsyncExitStack, service: Service, path: str) -> None:
+    """Serve on the socket that systemd holds for us, or on one of our own at `path`, for root only."""
+    server = grpc.aio.server(options=(("grpc.max_receive_message_length", 16 << 20),))
+    server.add_generic_rpc_handlers(tuple(service.handlers()))
+    given = inherited_socket()
+    own = path if given is None else path + ".inner"
+    _clear_socket(own)
+    mask = os.umask(0o177)
+    try:
+        if not server.add_insecure_port(f"unix:{own}"):
+            raise FlatmountError(f"cannot listen on {own}", hint="is its directory there, and writable?")
+    except RuntimeError as error:
+        raise FlatmountError(f"cannot listen on {own}: {error}", hint="is its directory there, and writable?") from None
+    finally:
+        os.umask(mask)
+    await server.start()
+    # A running call is given its grace by the service; clients of idle connections connect again by themselves.
+    stack.push_async_callback(server.stop, 0.1)
+    if given is not None:
+        relay = Relay(given, own)
+        stack.push_async_callback(relay.close)
+        await relay.start()
+
+
+def _clear_socket(path: str) -> None:
+    """Remove a socket that nobody listens on any more. Raises: UsageError for anything else at that path."""
+    os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UsageError(f"{path} exists and is no socket", hint="name another --socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX) as knock:
+        try:
+            knock.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise UsageError(f"somebody listens on {path} already", hint="stop that process, or name another --socket")
+
+
+async def _tend(service: Service, snapshots: Snapshots) -> None:
+    """Keep the watchdog fed while the event loop turns, and the health service honest about the disk."""
+    every_s = min(_HEALTH_EVERY_S, watchdog_s() or _HEALTH_EVERY_S)
+    checking: asyncio.Task[dict[str, int]] | None = None
+    while True:
+        notify("WATCHDOG=1")
+        if checking is None or checking.done():
+            if checking is not None and not checking.cancelled():
+                service.healthy = checking.exception() is None
+            checking = asyncio.create_task(snapshots.counts())
+            await asyncio.wait([checking], timeout=every_s)
+        healthy = checking.done() and checking.exception() is None
+        if healthy is not service.healthy:
+            log.warning("the store answers again" if healthy else "the store does not answer")
+            service.healthy = healthy
+        await asyncio.sleep(every_s)
+
+
+async def _metrics_server(address: str, metrics: Metrics, snapshots: Snapshots) -> asyncio.Server:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"metrics address {address!r} is not HOST:PORT", hint="as in 127.0.0.1:9400")
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(TimeoutError, ConnectionError, ValueError, asyncio.IncompleteReadError):
+            request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+            wanted = request.split(b" ", 2)[1:2] == [b"/metrics"]
+            body = (await _exposition(metrics, snapshots) if wanted else "see /metrics\n").encode()
+            status = b"200 OK" if wanted else b"404 Not Found"
+            head = b"HTTP/1.1 %b\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: %d\r\n"
+            writer.write(head % (status, len(body)) + b"Connection: close\r\n\r\n" + body)
+            await asyncio.wait_for(writer.drain(), 5)
+        writer.close()
+
+    return await asyncio.start_server(answer, host, int(port))
+
+
+async def _exposition(metrics: Metrics, snapshots: Snapshots) -> str:
+    gauges: dict[str, tuple[str, dict[str, float]]] = {
+        "range_mounts": ("id-mapped trees attached, one for each user range", {"": snapshots.ranges.attached}),
+        "root_mounts": ("root file systems assembled and attached", {"": snapshots.roots.mounted}),
+        "flat_trees": ("chains that have a flat tree", {"": len(snapshots.flattening.flats)}),
+        "flat_trees_failed": ("flat trees that could not be made", {"": snapshots.flattening.failed}),
+    }
+    with contextlib.suppress(TimeoutError, FlatmountError):
+        counts = await asyncio.wait_for(snapshots.counts(), 2)
+        gauges["snapshots"] = ("snapshots by kind", {f'{{kind="{k}"}}': n for k, n in counts.items()})
+    return metrics.text(gauges)

@@ -1,0 +1,192 @@
+"""Debian's containerd and runc with our snapshotter: an image comes in by `ctr`, and containers run from it."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from flatmount.cli.main import main
+from flatmount.kernel.namespaces import enter_private_mounts
+from tests.snapshotting import Daemon, own_mounts, serving
+
+LAYERS = 12
+FIRST = 400000
+NAMESPACE = "default"
+
+
+@dataclass(frozen=True)
+class Containerd:
+    """One containerd of ours, with the snapshotter as a proxy."""
+
+    directory: Path
+    snapshotter: Daemon
+
+    def ctr_bytes(self, *arguments: str) -> bytes:
+        command = ["ctr", "--address", str(self.directory / "c.sock"), *arguments]
+        done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+        said = f"{arguments}: {done.stdout[-3000:]!r}\n{done.stderr.decode()}\n{self.snapshotter.log[-3000:]}"
+        assert done.returncode == 0, said
+        return done.stdout
+
+    def ctr(self, *arguments: str) -> str:
+        return self.ctr_bytes(*arguments).decode()
+
+    def run(self, image: str, name: str, script: str, *options: str) -> str:
+        return self.ctr("run", "--rm", "--snapshotter", "flatmount", *options, image, name, "sh", "-ec", script)
+
+    def settle(self) -> None:
+        """Wait until containerd has collected what removed containers left."""
+        deadline = time.monotonic() + 30
+        # A lease that is given back with --sync makes containerd collect now.
+        self.ctr("leases", "create", "--id", "collect")
+        self.ctr("leases", "delete", "--sync", "collect")
+        with self.snapshotter.client() as client:
+            while client.names("kind==active", "kind==view") or own_mounts(self.snapshotter):
+                assert time.monotonic() < deadline, client.names("kind==active", "kind==view")
+                time.sleep(0.1)
+
+
+CONFIGURATION = """version = 2
+root = "{place}/root"
+state = "{place}/state"
+disabled_plugins = ["io.containerd.grpc.v1.cri"]
+[grpc]
+  address = "{place}/c.sock"
+[ttrpc]
+  address = "{place}/c.ttrpc"
+[proxy_plugins.flatmount]
+  type = "snapshot"
+  address = "{socket}"
+  capabilities = ["remap-ids"]
+"""
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo image as an OCI archive."""
+    layout = tmp_path_factory.mktemp("image") / "layout"
+    assert main(["image", "demo", "--layers", str(LAYERS), "--out", str(layout)]) == 0
+    with tarfile.open(layout.with_suffix(".tar"), "w") as tar:
+        for name in ("oci-layout", "index.json", "blobs"):
+            tar.add(layout / name, name)
+    return layout.with_suffix(".tar")
+
+
+@contextmanager
+def open_directory() -> Iterator[Path]:
+    """A directory that a runtime in a user namespace can walk through, which pytest's own are not."""
+    directory = Path(tempfile.mkdtemp(prefix="flatmount-", dir="/tmp"))
+    directory.chmod(0o711)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module", params=["overlay", "bind", "helper"])
+def containerd(request: pytest.FixtureRequest) -> Iterator[Containerd]:
+    enter_private_mounts()
+    with open_directory() as directory, serving(directory, request.param) as snapshotter:
+        text = CONFIGURATION.format(place=directory, socket=snapshotter.socket)
+        (directory / "config.toml").write_text(text)
+        with open(directory / "containerd.log", "wb") as log:
+            process = subprocess.Popen(
+                ["containerd", "--config", str(directory / "config.toml")], stdout=log, stderr=subprocess.STDOUT
+            )
+        engine = Containerd(directory, snapshotter)
+        try:
+            deadline = time.monotonic() + 30
+            while subprocess.run(
+                ["ctr", "--address", str(directory / "c.sock"), "version"], capture_output=True, check=False
+            ).returncode:
+                assert time.monotonic() < deadline, (directory / "containerd.log").read_text()[-3000:]
+                time.sleep(0.1)
+            yield engine
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def image(containerd: Containerd, archive: Path) -> str:
+    containerd.ctr("images", "import", "--snapshotter", "flatmount", str(archive))
+    name = containerd.ctr("images", "ls", "-q").split()[0]
+    containerd.run(name, "first", "true")
+    with containerd.snapshotter.client() as client:
+        assert len(client.names("kind==committed")) == LAYERS
+    return name
+
+
+def test_an_unmapped_container_runs_and_is_committed_by_containerds_own_diff(
+    containerd: Containerd, image: str
+) -> None:
+    script = "id -u; echo changed > /etc/new; stat -c %u:%g /etc/passwd"
+    assert containerd.run(image, "plain", script).split() == ["0", "0:0"]
+    script = "echo x > /etc/new; rm /etc/passwd; touch /done; sleep 60"
+    containerd.ctr("run", "-d", "--snapshotter", "flatmount", image, "kept", "sh", "-c", script)
+    try:
+        containerd.ctr("task", "exec", "--exec-id", "a", "kept", "sh", "-c", "until [ -e /done ]; do sleep 0.1; done")
+        layer = io.BytesIO(containerd.ctr_bytes("snapshots", "--snapshotter", "flatmount", "diff", "kept"))
+        with tarfile.open(fileobj=layer) as tar:
+            changes = {member.name.rstrip("/"): (member.uid, member.gid) for member in tar}
+        assert {"etc/new", "etc/.wh.passwd", "done"} <= set(changes)
+        assert "etc/group" not in changes
+        assert set(changes.values()) == {(0, 0)}
+    finally:
+        containerd.ctr("task", "rm", "--force", "kept")
+        containerd.ctr("container", "rm", "kept")
+    containerd.settle()
+
+
+def test_a_user_namespaced_container_runs_on_an_engine_that_has_none_for_proxies(
+    containerd: Containerd, image: str
+) -> None:
+    script = (
+        "id -u; awk '{print $2}' /proc/self/uid_map; stat -c %u:%g / /etc/passwd; echo x > /new; stat -c %u:%g /new;"
+        "chmod 700 /etc; grep -c ' / / ' /proc/self/mountinfo"
+    )
+    mapping = f"0:{FIRST}:65536"
+    said = containerd.run(image, "mapped", script, "--uidmap", mapping, "--gidmap", mapping, "--remap-labels").split()
+    assert said == ["0", str(FIRST), "0:0", "0:0", "0:0", "1"]
+    containerd.settle()
+
+
+def test_a_container_runs_through_a_kill_of_the_snapshotter(containerd: Containerd, image: str) -> None:
+    mapping = f"0:{FIRST + 65536}:65536"
+    containerd.ctr(
+        "run", "-d", "--snapshotter", "flatmount", "--uidmap", mapping, "--gidmap", mapping, "--remap-labels",
+        image, "survivor", "sh", "-c", "while :; do echo alive >> /count; sleep 0.05; done",
+    )  # fmt: skip
+    try:
+        containerd.snapshotter.stop(9)
+        containerd.snapshotter.start()
+        before = containerd.ctr("task", "exec", "--exec-id", "a", "survivor", "sh", "-c", "wc -l < /count")
+        time.sleep(0.5)
+        after = containerd.ctr("task", "exec", "--exec-id", "b", "survivor", "sh", "-c", "wc -l < /count")
+        assert int(after) > int(before)
+        with containerd.snapshotter.client() as client:
+            assert any(name.endswith("/survivor") for name in client.names("kind==active"))
+    finally:
+        containerd.ctr("task", "rm", "--force", "survivor")
+        containerd.ctr("container", "rm", "survivor")
+    containerd.settle()
+
+
+def test_an_image_that_is_removed_leaves_nothing(containerd: Containerd, image: str) -> None:
+    containerd.ctr("images", "rm", "--sync", image)
+    deadline = time.monotonic() + 30
+    data = containerd.snapshotter.data
+    while os.listdir(data / "snapshots") or os.listdir(data / "trash"):
+        assert time.monotonic() < deadline, os.listdir(data / "snapshots")
+        time.sleep(0.2)

@@ -1,0 +1,395 @@
+"""The snapshot service as a process: kills, restarts, signals, disks that fill or turn read-only, clients that hang."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import grpc
+import pytest
+
+from flatmount.kernel.namespaces import enter_private_mounts
+from tests.conftest import SOAK
+from tests.kernel import own_namespace
+from tests.snapshotting import Client, Daemon, Refused, mounted, own_mounts, serving
+
+CYCLES = 5000 if SOAK else 300
+RANGE = "0:500000:65536"
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    enter_private_mounts()
+    with serving(tmp_path, "overlay") as running:
+        yield running
+
+
+def commit_layers(client: Client, work: Path, count: int = 3) -> str:
+    parent = ""
+    for number in range(count):
+        with mounted(client.prepare(f"key-{number}", parent), work / "unpack") as root:
+            (root / f"file-{number}").write_text("content\n")
+        client.commit(f"layer-{number}", f"key-{number}")
+        parent = f"layer-{number}"
+    return parent
+
+
+def descriptors(daemon: Daemon) -> int:
+    assert daemon.process is not None
+    return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
+
+
+def resident_kb(daemon: Daemon) -> int:
+    assert daemon.process is not None
+    text = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("VmRSS"))
+
+
+def test_sigterm_ends_it_within_a_second_and_undoes_no_mount(daemon: Daemon, tmp_path: Path) -> None:
+    with daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+        with mounted(client.prepare("container", top, mapping=RANGE), tmp_path / "root") as root:
+            before = own_mounts(daemon)
+            assert len(before) == 1
+            assert daemon.stop() < 1
+            assert daemon.process is not None
+            assert daemon.process.returncode == 0
+            assert own_mounts(daemon) == before
+            assert (root / "file-2").read_text() == "content\n"
+            daemon.start()
+            with daemon.client() as again, mounted(again.mounts("container"), tmp_path / "again") as other:
+                assert (other / "file-0").read_text() == "content\n"
+                assert own_mounts(daemon) == before
+        with daemon.client() as again:
+            again.clear()
+    assert own_mounts(daemon) == []
+
+
+def test_a_range_that_a_reboot_took_is_attached_again(daemon: Daemon, tmp_path: Path) -> None:
+    with daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+        client.prepare("container", top, mapping=RANGE)
+    daemon.stop(signal.SIGKILL)
+    (tree,) = own_mounts(daemon)
+    own_namespace.umount(tree)
+    daemon.start()
+    with daemon.client() as client, mounted(client.mounts("container"), tmp_path / "root") as root:
+        assert os.stat(root / "file-0").st_uid == 500000
+        assert own_mounts(daemon) == [tree]
+    with daemon.client() as client:
+        client.clear()
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_kills_lose_nothing_and_leave_nothing(daemon: Daemon, tmp_path: Path, seed: int) -> None:
+    """Prepare, mount, unmount, remove, and now and then a commit, while the service is killed every few seconds."""
+    chance = random.Random(seed)
+    with daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+    sentinel = tmp_path / "sentinel"
+    committed = {"layer-0", "layer-1", "layer-2"}
+    maybe: set[str] = set()
+    stop = threading.Event()
+    kills = 0
+
+    def kill() -> None:
+        nonlocal kills
+        while not stop.wait(0.5 + 1.5 * chance.random()):
+            daemon.stop(signal.SIGKILL)
+            daemon.start()
+            kills += 1
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    failures = 0
+    try:
+        for cycle in range(CYCLES):
+            try:
+                with Client(daemon.socket, timeout_s=5) as client:
+                    key = f"container-{cycle}"
+                    mapping = {"mapping": f"0:{500000 + 65536 * (cycle % 5)}:65536"} if cycle % 2 else {}
+                    answer = client.prepare(key, top, **mapping)
+                    with mounted(answer, sentinel) as root:
+                        assert (root / "file-0").read_text() == "content\n"
+                        (root / "written").write_text(str(cycle))
+                    if cycle % 10 == 0:
+                        maybe.add(key)
+                        client.commit(f"committed-{cycle}", key)
+                        committed.add(f"committed-{cycle}")
+                    else:
+                        client.remove(key)
+            except Refused as refused:
+                assert refused.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED), refused
+                failures += 1
+                time.sleep(0.05)
+    finally:
+        stop.set()
+        killer.join()
+    assert kills >= 2
+    with daemon.client() as client:
+        assert committed <= client.names("kind==committed")
+        for name in sorted(committed - {"layer-0", "layer-1", "layer-2"}):
+            with mounted(client.view(f"view-{name}", name), tmp_path / "view") as root:
+                assert (root / "written").read_text() == name.removeprefix("committed-")
+                assert (root / "file-0").read_text() == "content\n"
+            client.remove(f"view-{name}")
+        before = resident_kb(daemon)
+        open_before = descriptors(daemon)
+        client.clear()
+        assert client.names() == set()
+    assert own_mounts(daemon) == []
+    assert os.listdir(daemon.data / "snapshots") == []
+    assert os.listdir(daemon.data / "trash") == []
+    assert descriptors(daemon) <= open_before + 2
+    assert resident_kb(daemon) < before + 30_000
+    print(f"{CYCLES} cycles, {kills} kills, {failures} calls cut, {len(committed)} commits, 0 lost")
+
+
+def test_many_cycles_leave_descriptors_and_memory_as_they_were(daemon: Daemon, tmp_path: Path) -> None:
+    with daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+
+        def cycles(count: int) -> tuple[int, int]:
+            for number in range(count):
+                client.prepare(f"c-{number}", top, mapping=f"0:{600000 + 65536 * (number % 7)}:65536")
+                client.mounts(f"c-{number}")
+                client.remove(f"c-{number}")
+            client.cleanup()
+            return descriptors(daemon), resident_kb(daemon)
+
+        first = cycles(60)
+        second = cycles(240)
+        client.clear()
+    assert second[0] <= first[0] + 2
+    assert second[1] <= first[1] + 8_000
+
+
+def test_the_same_key_at_once_is_made_once(daemon: Daemon) -> None:
+    results: list[str] = []
+
+    def prepare() -> None:
+        with daemon.client() as client:
+            try:
+                client.prepare("same")
+                results.append("made")
+            except Refused as refused:
+                results.append(refused.code.name)
+
+    threads = [threading.Thread(target=prepare) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results) == ["ALREADY_EXISTS"] * 7 + ["made"]
+
+
+def test_a_second_service_on_one_store_is_refused(daemon: Daemon, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "flatmount", "snapshotter", "--root", str(daemon.root)]
+    environment = {**os.environ, "FLATMOUNT_RUN": str(tmp_path / "other")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "another snapshotter serves the store" in done.stderr
+    taken = [*command[:-1], str(tmp_path / "store2"), "--socket", str(daemon.socket)]
+    done = subprocess.run(taken, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 2
+    assert "somebody listens" in done.stderr
+    assert daemon.answers()
+
+
+def test_a_client_that_hangs_and_one_that_talks_nonsense_harm_nobody(daemon: Daemon) -> None:
+    with socket.socket(socket.AF_UNIX) as silent, socket.socket(socket.AF_UNIX) as loud:
+        silent.connect(str(daemon.socket))
+        loud.connect(str(daemon.socket))
+        loud.sendall(os.urandom(4096))
+        with daemon.client() as client:
+            client.prepare("key")
+            client.clear()
+    assert daemon.answers()
+
+
+def test_a_disk_that_fills_fails_one_call_and_loses_nothing(tmp_path: Path) -> None:
+    enter_private_mounts()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    own_namespace.mount("disk", str(disk), "tmpfs", options="size=8m")
+    with serving(disk, "overlay") as daemon, daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+        filler = disk / "filler"
+        with suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 65536)
+        refused = 0
+        for number in range(200):
+            try:
+                client.prepare(f"c-{number}", top)
+            except Refused as error:
+                assert error.code is grpc.StatusCode.UNAVAILABLE
+                assert "free space" in error.details
+                refused += 1
+        assert refused
+        filler.unlink()
+        client.prepare("after", top)
+        assert {"layer-0", "layer-1", "layer-2", "after"} <= client.names()
+        client.clear()
+    own_namespace.umount(str(disk))
+
+
+def test_a_store_that_turns_read_only_still_answers_reads(tmp_path: Path) -> None:
+    enter_private_mounts()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    own_namespace.mount("disk", str(disk), "tmpfs")
+    read_only = own_namespace.MS_BIND | 1 | 32
+    with serving(tmp_path, "overlay") as daemon:
+        daemon.stop()
+        elsewhere = Daemon(disk / "store", tmp_path / "run2", "overlay")
+        elsewhere.start()
+        with elsewhere.client() as client:
+            top = commit_layers(client, tmp_path)
+            client.prepare("container", top)
+            own_namespace.mount(str(disk), str(disk), flags=own_namespace.MS_BIND)
+            own_namespace.mount("", str(disk), flags=read_only)
+            assert client.stat("container").name == "container"
+            assert client.mounts("container")
+        own_namespace.umount(str(disk))
+        elsewhere.stop()
+        daemon.start()
+    own_namespace.umount(str(disk))
+
+
+def test_a_root_that_is_busy_keeps_its_files_and_what_lies_beneath(tmp_path: Path) -> None:
+    """Form bind: `umount` says EBUSY, and nothing may be deleted through a mount that is still there."""
+    enter_private_mounts()
+    with serving(tmp_path, "bind") as daemon, daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+        (answer,) = client.prepare("container", top)
+        with open(Path(answer.source) / "file-0"):
+            client.remove("container")
+            with pytest.raises(Refused, match="EBUSY") as refused:
+                client.cleanup()
+            assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+            assert sorted(os.listdir(answer.source)) == ["file-0", "file-1", "file-2"]
+            assert len(own_mounts(daemon)) == 1
+        client.cleanup()
+        assert own_mounts(daemon) == []
+        for number in range(3):
+            assert (daemon.data / f"snapshots/{number + 1}/fs/file-{number}").read_text() == "content\n"
+        client.clear()
+
+
+def test_metrics_and_health(tmp_path: Path) -> None:
+    enter_private_mounts()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with serving(tmp_path, "overlay", "--metrics", f"127.0.0.1:{port}") as daemon, daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+        client.prepare("container", top, mapping=RANGE)
+        with pytest.raises(Refused):
+            client.stat("nobody")
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        assert 'flatmount_snapshotter_calls_total{call="Stat",code="NOT_FOUND"} 1' in lines
+        assert "flatmount_snapshotter_range_mounts 1" in lines
+        assert 'flatmount_snapshotter_snapshots{kind="committed"} 3' in lines
+        assert client.health("containerd.services.snapshots.v1.Snapshots") == 1
+        with pytest.raises(Refused) as refused:
+            client.health("other")
+        assert refused.value.code is grpc.StatusCode.NOT_FOUND
+        client.clear()
+
+
+LAUNCHER = """
+import os, sys
+os.environ["LISTEN_PID"], os.environ["LISTEN_FDS"] = str(os.getpid()), "1"
+os.dup2(int(sys.argv[1]), 3)
+os.set_inheritable(3, True)
+os.execv(sys.executable, [sys.executable, "-m", "flatmount", *sys.argv[2:]])
+"""
+
+
+def test_socket_activation_and_readiness(tmp_path: Path) -> None:
+    """With systemd's socket a client that calls during a restart waits, and is answered."""
+    enter_private_mounts()
+    daemon = Daemon(tmp_path / "store", tmp_path / "run")
+    daemon.run.mkdir()
+    notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notified.bind(str(tmp_path / "notify"))
+    notified.settimeout(30)
+    with notified, socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(daemon.socket))
+        listening.listen(64)
+        environment = {**os.environ, "FLATMOUNT_RUN": str(daemon.run), "NOTIFY_SOCKET": str(tmp_path / "notify")}
+        command = [sys.executable, "-c", LAUNCHER, str(listening.fileno()), "snapshotter", "--root", str(daemon.root)]
+        for key in ("first", "second"):
+            answered: list[set[str]] = []
+
+            def call(key: str = key, answered: list[set[str]] = answered) -> None:
+                with daemon.client() as client:
+                    client.prepare(key)
+                    answered.append(client.names())
+
+            waiting = threading.Thread(target=call)
+            waiting.start()
+            time.sleep(0.2)
+            process = subprocess.Popen(
+                command, env=environment, pass_fds=[listening.fileno()], stderr=subprocess.DEVNULL
+            )
+            try:
+                while b"READY=1" not in notified.recv(1000):
+                    pass
+                waiting.join(timeout=30)
+                process.terminate()
+                assert process.wait(timeout=10) == 0
+            finally:
+                process.kill()
+                process.wait()
+            assert answered
+            assert key in answered[0]
+
+
+def test_a_call_that_takes_too_long_is_told_so_and_goes_on(tmp_path: Path) -> None:
+    """The wire's own part, with a disk that does not answer in place of a store."""
+    from flatmount.snapshotter.metrics import Metrics
+    from flatmount.snapshotter.service import Service
+
+    class Stuck:
+        done = False
+
+        async def remove(self, key: str) -> None:
+            await asyncio.sleep(0.6)
+            self.done = True
+
+    stuck = Stuck()
+
+    async def body() -> None:
+        service = Service(stuck, Metrics(), 0.2)  # type: ignore[arg-type]
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers(tuple(service.handlers()))
+        server.add_insecure_port(f"unix:{tmp_path}/s")
+        await server.start()
+
+        def call() -> None:
+            with Client(tmp_path / "s") as client, pytest.raises(Refused) as refused:
+                client.remove("key")
+            assert refused.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
+
+        await asyncio.to_thread(call)
+        assert not stuck.done
+        await service.finish(5)
+        await server.stop(0)
+
+    asyncio.run(body())
+    assert stuck.done

@@ -1,0 +1,89 @@
+"""Our section goes into containerd's configuration and comes out again, whatever is in it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from flatmount.cli.main import main
+from flatmount.errors import FlatmountError
+from flatmount.snapshotter.containerd import inspect, install, section, uninstall
+
+SOCKET = "/run/flatmount/snapshotter.sock"
+FILES = {
+    "empty 2": "version = 2\n",
+    "empty 3": "version = 3\n",
+    "no newline": "version = 2",
+    "cri 2": 'version = 2\n[plugins]\n  [plugins."io.containerd.grpc.v1.cri".containerd]\n'
+    '    snapshotter = "overlayfs"  # ours\n    default_runtime_name = "runc"\n[grpc]\n  address = "/a"\n',
+    "cri 2 without": 'version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd]\n  no_pivot = false\n',
+    "cri 3": "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'overlayfs'\n",
+    "others": 'version = 2\n[proxy_plugins]\n  [proxy_plugins.stargz]\n    type = "snapshot"\n    address = "/s"\n',
+}
+
+
+@pytest.mark.parametrize("text", FILES.values(), ids=FILES)
+@pytest.mark.parametrize("cri", [False, True])
+def test_in_and_out(text: str, cri: bool) -> None:
+    made = install(text, SOCKET, cri=cri)
+    found = inspect(made)
+    assert (found.socket, found.remap_ids, found.cri) == (SOCKET, True, cri)
+    assert install(made, SOCKET, cri=cri) == made
+    before, after = tomllib.loads(text), tomllib.loads(made)
+    assert after["proxy_plugins"]["flatmount"]["type"] == "snapshot"
+    assert {key: after[key] for key in before if key not in ("plugins", "proxy_plugins")} == {
+        key: before[key] for key in before if key not in ("plugins", "proxy_plugins")
+    }
+    assert uninstall(made).rstrip("\n") == text.rstrip("\n")
+    assert uninstall(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version = 1\n",
+        "root = '/x'\n",
+        "not toml",
+        'version = 2\n[proxy_plugins.flatmount]\n  address = "/x"\n',
+        'version = 2\nproxy_plugins = { stargz = { type = "snapshot" } }\n',
+    ],
+)
+def test_what_cannot_be_changed_is_refused(text: str) -> None:
+    with pytest.raises(FlatmountError):
+        install(text, SOCKET, cri=False)
+
+
+def test_the_section_by_hand() -> None:
+    assert inspect("version = 3\n" + section(3, SOCKET, cri=True)).cri
+    assert not inspect("version = 2\n" + section(2, SOCKET, cri=False)).cri
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_verbs(there: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.toml"
+    text = FILES["cri 2"]
+    if there:
+        file.write_text(text)
+    arguments = ["--config", str(file)]
+    assert main(["containerd", "install", *arguments, "--cri", "--dry-run", "--socket", SOCKET]) == 0
+    assert "+[proxy_plugins.flatmount]" in capsys.readouterr().out
+    assert file.exists() is there
+    assert main(["containerd", "install", *arguments, "--cri", "--socket", SOCKET]) == 0
+    assert inspect(file.read_text()).cri
+    assert main(["containerd", "install", *arguments, "--cri", "--socket", SOCKET]) == 0
+    assert main(["containerd", "status", *arguments]) == 1
+    assert f"nobody answers at {SOCKET}" in capsys.readouterr().out
+    assert main(["containerd", "uninstall", *arguments]) == 0
+    assert (file.read_text() if file.exists() else None) == (text if there else None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["config.toml"] if there else [])
+
+
+def test_an_edit_of_somebody_else_survives(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(FILES["others"])
+    main(["containerd", "install", "--config", str(file), "--socket", SOCKET])
+    file.write_text(file.read_text() + '[debug]\n  level = "debug"\n')
+    main(["containerd", "uninstall", "--config", str(file)])
+    assert tomllib.loads(file.read_text()) == {**tomllib.loads(FILES["others"]), "debug": {"level": "debug"}}
