@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from flatmount.image.demo_layers import GONE, HOLDS
 from flatmount.kernel.namespaces import user_namespace
 from flatmount.kernel.start import check_start
 from flatmount.plan.mapping import Mapping
-from tests.e2e.conftest import CommandLine
+from tests.e2e.conftest import CommandLine, leftovers
 
 MAP = "0:300000:65536"
 STRATEGIES = ("per-layer", "common-parent", "detached", "flat", "chown", "auto")
@@ -217,3 +219,101 @@ def test_without_privilege_it_says_so(demo_store: Path, tmp_path: Path, target: 
     assert done.returncode == 1
     assert "root" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_kill_before_the_upper_is_made_spares_what_somebody_else_made_there(
+    flatmount: CommandLine, target: Path, tmp_path: Path
+) -> None:
+    """A record of a mount that was killed at once, and a directory of the user's own where its upper was to be."""
+    records = flatmount.run_directory / "mounts"
+    mine = tmp_path / "mine"
+    flatmount("mount", "demo", str(target), "--map", MAP, "--upper", str(mine), "--id", "killed")
+    record = json.loads((records / "killed.json").read_text())
+    flatmount("umount", str(target))
+    shutil.rmtree(mine)
+    mine.mkdir()
+    (mine / "thesis").write_text("precious")
+    owner = {"state": "mounting", "owner": "flatmount.999999-1", "mount_id": None}
+    (records / "killed.json").write_text(json.dumps({**record, **owner}))
+    flatmount("mount", "demo", str(target), "--map", MAP, "--ephemeral")
+    flatmount("umount", str(target))
+    assert (mine / "thesis").read_text() == "precious"
+    assert not (records / "killed.json").exists()
+
+
+@pytest.mark.parametrize("strategy", ["per-layer", "common-parent", "flat"])
+def test_an_interrupted_mount_is_undone_or_whole(flatmount: CommandLine, target: Path, strategy: str) -> None:
+    begun = time.monotonic()
+    flatmount("mount", "demo", str(target), "--map", MAP, "--strategy", strategy, "--ephemeral")
+    whole = time.monotonic() - begun
+    flatmount("umount", str(target))
+    for i in range(12):
+        command = ["mount", "demo", str(target), "--map", MAP, "--strategy", strategy, "--ephemeral"]
+        stopped = flatmount.start(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(whole * (0.5 + i * 0.05))
+        stopped.send_signal(signal.SIGINT)
+        stopped.wait(60)
+        # Whole, and recorded: the signal came when all was done.
+        if os.path.ismount(target):
+            flatmount("umount", str(target))
+        assert not leftovers(flatmount)
+
+
+def test_one_upper_serves_one_mount(flatmount: CommandLine, target: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    upper = str(tmp_path / "upper")
+    flatmount("mount", "demo", str(target), "--map", MAP, "--upper", upper)
+    assert "in use" in flatmount.refused("mount", "demo", str(other), "--map", MAP, "--upper", upper, code=1)
+    assert not os.path.ismount(other)
+    flatmount("umount", str(target))
+
+
+def test_an_existing_upper_is_not_made_ephemeral(flatmount: CommandLine, target: Path, tmp_path: Path) -> None:
+    upper = str(tmp_path / "upper")
+    flatmount("mount", "demo", str(target), "--map", MAP, "--id", "kept")
+    flatmount("umount", str(target))
+    said = flatmount.refused("mount", "demo", str(target), "--map", MAP, "--id", "kept", "--ephemeral", code=2)
+    assert "ephemeral" in said
+    assert not os.path.exists(upper)
+    flatmount("gc", "--uppers", "--yes")
+
+
+@pytest.mark.parametrize("how", ["--read-only", "--ephemeral"])
+def test_a_strangers_mount_is_not_taken_off(flatmount: CommandLine, target: Path, how: str) -> None:
+    flatmount("mount", "demo", str(target), "--map", MAP, how)
+    subprocess.run(["mount", "-t", "tmpfs", "stranger", target], check=True)
+    (target / "theirs").write_text("")
+    assert "mounted over" in flatmount.refused("umount", str(target), code=1)
+    assert (target / "theirs").exists()
+    subprocess.run(["umount", target], check=True)
+    subprocess.run(["umount", target], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "stranger", target], check=True)
+    flatmount("umount", str(target))
+    assert os.path.ismount(target)
+    subprocess.run(["umount", target], check=True)
+
+
+def test_from_another_namespace_nothing_is_lost(flatmount: CommandLine, target: Path) -> None:
+    flatmount("mount", "demo", str(target), "--map", MAP, "--ephemeral")
+    upper = next((flatmount.root / "v1/data/uppers").iterdir())
+    command = ["unshare", "-m", sys.executable, "-m", "flatmount", "umount", str(target)]
+    done = subprocess.run(command, env=flatmount.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "another mount namespace" in done.stderr
+    assert upper.exists()
+    flatmount("umount", str(target))
+    assert not upper.exists()
+
+
+def test_a_damaged_record_is_named_and_stops_nobody(flatmount: CommandLine, target: Path) -> None:
+    flatmount("mount", "demo", str(target), "--map", MAP, "--ephemeral")
+    damaged = flatmount.run_directory / "mounts/damaged.json"
+    damaged.write_text('{"schema": "flatmount.mount-record/1", "surprise": 1}')
+    command = [sys.executable, "-m", "flatmount", "umount", str(target)]
+    done = subprocess.run(command, env=flatmount.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert str(damaged) in done.stderr
+    damaged.unlink()
+    # Its lease was left alone while nobody could tell whose it was.
+    flatmount("umount", str(target), expect=2)

@@ -19,7 +19,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "mount",
         help="assemble an image's root file system on a directory",
         description="Assemble the root file system of IMAGE on DIR, an empty directory, with ids shifted by --map. "
-        "It outlives the command and is recorded under the run directory; `flatmount umount DIR` takes it off.",
+        "It outlives the command and is recorded under the run directory; `flatmount umount DIR` takes it off. "
+        "Strategies flat and detached keep changes in the container's ids: only ids of the mapping can make files "
+        "in it, the host's root cannot (EOVERFLOW).",
         epilog="example: flatmount mount demo /mnt --map 0:100000:65536 --ephemeral",
     )
     parser.add_argument("image", metavar="IMAGE", help="an image of the store")

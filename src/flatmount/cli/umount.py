@@ -40,7 +40,9 @@ def _run(args: argparse.Namespace) -> int:
                 f"no mount of this store is recorded at {target}", hint=f"`ls {run}/mounts` shows what is recorded"
             )
         operations = umount(store, records, record)
+    kept = f"{record.uppers}/{record.upper}" if record.writable and not record.ephemeral else None
     if args.json:
-        kept = f"{record.uppers}/{record.upper}" if record.writable and not record.ephemeral else None
         print_json("umount", {"id": record.id, "target": target, "mount_operations": operations, "upper": kept})
+    elif kept:
+        print(f"changes are kept in {kept}; `flatmount gc --uppers` frees such as nobody uses")
     return EXIT_FINE

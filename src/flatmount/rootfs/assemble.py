@@ -12,6 +12,7 @@ from flatmount.rootfs.assembler import Assembler, Rootfs
 from flatmount.rootfs.image import choose_for, probe_store, specification
 from flatmount.rootfs.ranges import RangePool
 from flatmount.rootfs.records import check_id, new_id
+from flatmount.rootfs.signals import undivided
 from flatmount.store import Store, StoredImage
 from flatmount.strategies import AUTO, Attach, Upper
 
@@ -67,8 +68,14 @@ def assemble(
         spec, choice.name, ranges, uppers=os.path.join(store.data, "uppers"), scratch=scratch, ephemeral=True
     )
     try:
-        with made.assemble(mapping, new_id() if name is None else check_id(name), target or "") as rootfs:
+        rootfs = None
+        try:
+            with undivided():
+                rootfs = made.assemble(mapping, new_id() if name is None else check_id(name), target or "")
             yield rootfs
+        finally:
+            if rootfs is not None:
+                rootfs.undo()
     finally:
         if own:
             ranges.close()

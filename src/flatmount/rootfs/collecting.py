@@ -12,8 +12,8 @@ from enum import Enum
 from flatmount.errors import from_os_error
 from flatmount.kernel.mounts import TableSource, read_table
 from flatmount.kernel.tree import remove_tree
-from flatmount.rootfs.mounting import UPPER_RECORD
 from flatmount.rootfs.records import Records
+from flatmount.rootfs.uppers import UPPER_RECORD
 from flatmount.store import Store
 
 _UPPERDIR = re.compile(r"(?:^|,)upperdir=((?:[^,\\]|\\.)*)")
@@ -51,7 +51,7 @@ def idle_uppers(store: Store, records: Records, containers: Names = tuple) -> tu
     if not names:
         return ()
     used = {record.upper for record in records.all() if record.root == store.root} | set(containers())
-    used |= {held.holder.partition(":")[2] for held in store.holders()} | mounted_uppers()
+    used |= {held.holder.partition(":")[2].partition("@")[0] for held in store.holders()} | mounted_uppers()
     return tuple(_idle(place, name) for name in names if name not in used)
 
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from flatmount.errors import FlatmountError, InUse, UsageError
+from flatmount.errors import FlatmountError, InUse, OperationFailed, UsageError
 from flatmount.kernel.executor import run_once
-from flatmount.kernel.mounts import read_table
+from flatmount.kernel.mounts import MountEntry, read_table
 from flatmount.kernel.process import owned_name
-from flatmount.kernel.tree import remove_tree
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
-from flatmount.rootfs.assembler import Assembler, Rootfs
+from flatmount.rootfs.assembler import Assembler
 from flatmount.rootfs.image import choose_for, specification
 from flatmount.rootfs.ranges import RangePool
 from flatmount.rootfs.records import Record, Records, State, check_id, new_id
-from flatmount.rootfs.workplace import ensure_run_directory, sweep
+from flatmount.rootfs.signals import undivided
+from flatmount.rootfs.uppers import UpperPlace, check_reuse, make_upper, remove_own_upper
+from flatmount.rootfs.workplace import sweep, workplace
 from flatmount.store import Store, StoredImage
-from flatmount.strategies import Choice, Ids, Upper
-
-UPPER_RECORD = "upper.json"
+from flatmount.strategies import PINNING, Choice, Upper
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,11 @@ class Mounted:
     mount_operations: int
 
 
-def check_target(path: str) -> str:
-    """The directory to mount on, absolute, its parents resolved.
+@contextmanager
+def pinned_target(path: str) -> Iterator[tuple[str, str]]:
+    """The directory to mount on, held open: nobody can put another one in its place any more.
 
+    Gives its resolved path, and a path through the descriptor that leads to it and nowhere else.
     Raises: UsageError for what is not an empty directory, is a symbolic link, or has something mounted on it already.
     """
     parent = os.path.realpath(os.path.dirname(os.path.abspath(path)))
@@ -64,90 +66,135 @@ def check_target(path: str) -> str:
         raise UsageError(f"the target {target} is a symbolic link", hint="name the directory itself")
     if not stat.S_ISDIR(found.st_mode):
         raise UsageError(f"the target {target} is not a directory", hint="name an empty directory")
-    if any(entry.mount_point == target for entry in read_table()):
-        raise UsageError(f"something is mounted on {target} already", hint="`flatmount umount` it first")
-    if os.listdir(target):
-        raise UsageError(f"the target {target} is not empty", hint="what is in it would be hidden; name an empty one")
-    return target
+    fd = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.readlink(f"/proc/self/fd/{fd}") != target:
+            raise UsageError(f"the target {target} was put in another place meanwhile", hint="try again")
+        if any(entry.mount_point == target for entry in read_table()):
+            raise UsageError(f"something is mounted on {target} already", hint="`flatmount umount` it first")
+        if os.listdir(fd):
+            raise UsageError(f"the target {target} is not empty", hint="its content would be hidden; name an empty one")
+        # The dot at the end: a name that ends in the link itself would not be followed.
+        yield target, f"/proc/self/fd/{fd}/."
+    finally:
+        os.close(fd)
 
 
 def mount(store: Store, records: Records, run: str, request: Request, facts: HostFacts) -> Mounted:
     """Assemble a root file system that outlives this process, and record it.
 
-    Nothing but the mount at the target is added to the mount table. A failure leaves everything as it was.
-    Raises: UsageError, MappingError, OperationFailed, MissingFeature, StoreError.
+    Nothing but the mount at the target is added to the mount table. A failure leaves everything as it was; a signal
+    that ends the process arrives after the mount was made and taken off again.
+    Raises: UsageError, MappingError, OperationFailed, MissingFeature, StoreError; InUse for an upper that is mounted.
     """
-    target = check_target(request.target)
     choice = choose_for(request.strategy, request.image, facts)
     mount_id = new_id() if request.id is None else check_id(request.id)
     place = _upper_place(store, request, mount_id)
-    fresh = not request.read_only and not os.path.lexists(os.path.join(place.uppers, place.name))
-    scratch_directory = os.path.join(run, "tmp")
-    ensure_run_directory(run)
-    os.makedirs(scratch_directory, mode=0o700, exist_ok=True)
-    scratch = os.path.join(scratch_directory, "ovl-")
-    spec = specification(
-        store, request.image, choice, mapping=request.mapping, upper=place.kind, fresh_upper=fresh, scratch=scratch
-    )
-    pool = RangePool(store.data, facts)
-    assembler = Assembler(
-        spec, choice.name, pool, uppers=place.uppers, scratch=scratch, ephemeral=request.ephemeral and fresh
-    )
-    if not request.read_only and not fresh:
-        _check_reuse(place, request, assembler.ids)
-    record = Record(
-        id=mount_id,
-        state=State.MOUNTING,
-        owner=owned_name("flatmount"),
-        root=store.root,
-        image=request.image.digest,
-        name=request.image.name,
-        target=target,
-        strategy=choice.name,
-        map=",".join(map(str, request.mapping.uids)),
-        gid_map=",".join(map(str, request.mapping.gids)),
-        uppers=place.uppers,
-        upper=place.name,
-        writable=not request.read_only,
-        ephemeral=request.ephemeral and fresh,
-    )
-    records.add(record)
-    rootfs: Rootfs | None = None
+    fresh = not request.read_only and not os.path.lexists(place.path)
+    if request.ephemeral and not fresh:
+        raise UsageError(f"the upper {place.path} exists, so that it cannot be ephemeral", hint="name another --id")
+    # The usual code attaches temporary mounts: they go below a directory that the next command clears after a kill.
+    temporary = nullcontext("") if choice.name in PINNING else workplace(run, f"mount-{mount_id}", ram=False)
+    with pinned_target(request.target) as (target, pinned), temporary as scratch:
+        spec = specification(
+            store,
+            request.image,
+            choice,
+            mapping=request.mapping,
+            upper=place.kind,
+            fresh_upper=fresh,
+            upper_made=fresh,
+            scratch=scratch + "/ovl-",
+        )
+        pool = RangePool(store.data, facts)
+        assembler = Assembler(spec, choice.name, pool, uppers=place.uppers, scratch=scratch + "/ovl-")
+        if not request.read_only and not fresh:
+            check_reuse(place, image=request.image.digest, ids=assembler.ids, mapping=request.mapping)
+        record = Record(
+            id=mount_id,
+            state=State.MOUNTING,
+            owner=owned_name("flatmount"),
+            root=store.root,
+            image=request.image.digest,
+            name=request.image.name,
+            target=target,
+            strategy=choice.name,
+            map=",".join(map(str, request.mapping.uids)),
+            gid_map=",".join(map(str, request.mapping.gids)),
+            uppers=place.uppers,
+            upper=place.name,
+            writable=not request.read_only,
+            ephemeral=request.ephemeral,
+            made_upper=fresh,
+            namespace=_namespace(),
+        )
+        try:
+            with undivided() as interrupted:
+                _claim(records, record)
+                try:
+                    store.hold(request.image, records.holder(record))
+                    if fresh:
+                        make_upper(
+                            place,
+                            mount_id=mount_id,
+                            image=request.image.digest,
+                            ids=assembler.ids,
+                            mapping=request.mapping,
+                            ephemeral=request.ephemeral,
+                        )
+                    operations = _assemble(assembler, request.mapping, place.name, target, pinned)
+                    if not interrupted():
+                        top = _at(target)[-1]
+                        done = records.update(record, State.MOUNTED, mount_id=top.unique_id or top.id)
+                        return Mounted(done, choice, operations)
+                except BaseException:
+                    umount(store, records, record)
+                    raise
+                umount(store, records, record)
+        finally:
+            pool.close()
+    raise FlatmountError("interrupted; the mount is undone")
+
+
+def _assemble(assembler: Assembler, mapping: Mapping, name: str, target: str, pinned: str) -> int:
     try:
-        store.hold(request.image, _holder(record))
-        rootfs = assembler.assemble(request.mapping, place.name, target)
-        if fresh:
-            _describe_upper(place, request, assembler.ids)
-        return Mounted(records.update(record, State.MOUNTED), choice, rootfs.outcome.mount_operations)
-    except BaseException:
-        if rootfs is not None:
-            rootfs.ephemeral = fresh
-            rootfs.undo()
-        store.release(_holder(record))
-        records.remove(record)
+        return assembler.assemble(mapping, name, pinned).outcome.mount_operations
+    except OperationFailed as failure:
+        failure.args = (str(failure).replace(pinned, target),)
         raise
-    finally:
-        pool.close()
 
 
 def umount(store: Store, records: Records, record: Record) -> int:
     """Take a recorded mount off; an ephemeral upper goes with it, any other stays. Returns mount operations.
 
-    Raises: InUse where something still uses it; nothing has changed then.
+    Raises: InUse where something still uses it or covers it, or it is in another mount namespace; nothing has changed
+    then.
     """
-    removes_upper = record.ephemeral or (record.state is State.MOUNTING and not _described(record))
-    record = records.update(record, State.UNMOUNTING)
-    count = 0
-    if _is_ours(record):
-        outcome = run_once(MountPlan((Unmount(record.target, UnmountFlag.NOFOLLOW),), keep_going=True))
-        if outcome.failure is not None:
-            records.update(record, State.MOUNTED)
-            raise InUse(str(outcome.failure), hint=outcome.failure.hint)
-        count = outcome.mount_operations
-    if record.writable and removes_upper:
-        _remove_upper(record)
-    store.release(_holder(record))
-    records.remove(record)
+    with records.locked():
+        here = record.namespace == _namespace()
+        if not here and _namespace_lives(record.namespace):
+            raise InUse(
+                f"{record.target} is mounted in another mount namespace (mnt:[{record.namespace}])",
+                hint="run umount there: nsenter --mount -t PID of a process in it",
+            )
+        # A mount that was never finished goes with the upper it made.
+        removes_upper = record.made_upper and (record.ephemeral or record.state is State.MOUNTING)
+        known = record.state
+        record = records.update(record, State.UNMOUNTING, ephemeral=removes_upper)
+        count = 0
+        try:
+            if here and _covers(record, known):
+                outcome = run_once(MountPlan((Unmount(record.target, UnmountFlag.NOFOLLOW),), keep_going=True))
+                if outcome.failure is not None:
+                    raise InUse(str(outcome.failure), hint=outcome.failure.hint)
+                count = outcome.mount_operations
+        except InUse:
+            records.update(record, known)
+            raise
+        if record.writable and removes_upper:
+            remove_own_upper(record.uppers, record.upper, record.id)
+        store.release(records.holder(record))
+        records.remove(record)
     return count
 
 
@@ -159,6 +206,7 @@ def recover(run: str, store: Store | None) -> tuple[str, ...]:
     told = [f"cleared {name}, left by a killed command" for name in sweep(run)]
     records = Records(run)
     records.sweep_drafts()
+    told += [f"the record {path} is damaged; remove it by hand" for path in records.damaged()]
     for record in records.abandoned():
         if store is not None and record.root == store.root:
             what = f"the mount {record.id} at {record.target}, left half-way by a killed command"
@@ -168,95 +216,73 @@ def recover(run: str, store: Store | None) -> tuple[str, ...]:
             except FlatmountError as error:
                 told.append(f"could not undo {what}: {error.line()}")
     if store is not None:
-        known = {_holder(record) for record in records.all()}
-        for lease in store.holders():
-            if lease.holder.startswith("mount:") and lease.holder not in known:
-                store.release(lease.holder)
+        # Leases first, then records: a record is written before its lease is taken.
+        leases = [lease.holder for lease in store.holders()]
+        known = {records.holder(record) for record in records.all()}
+        for holder in leases:
+            if records.is_ours(holder) and holder not in known and not records.damaged():
+                store.release(holder)
     return tuple(told)
 
 
-@dataclass(frozen=True, slots=True)
-class _UpperPlace:
-    kind: Upper
-    uppers: str
-    name: str
+def _claim(records: Records, record: Record) -> None:
+    """Write the record, unless another mount has the same upper: overlayfs would only warn, and lose changes."""
+    with records.locked():
+        for other in records.all():
+            if record.writable and other.writable and (other.uppers, other.upper) == (record.uppers, record.upper):
+                raise InUse(
+                    f"the upper {record.uppers}/{record.upper} is in use by the mount {other.id} at {other.target}",
+                    hint="name another --id or --upper, or umount that one",
+                )
+        records.add(record)
 
 
-def _upper_place(store: Store, request: Request, mount_id: str) -> _UpperPlace:
+def _upper_place(store: Store, request: Request, mount_id: str) -> UpperPlace:
     if request.read_only or request.upper is None:
         kind = Upper.NONE if request.read_only else Upper.STORE
-        return _UpperPlace(kind, os.path.join(store.data, "uppers"), mount_id)
+        return UpperPlace(kind, os.path.join(store.data, "uppers"), mount_id)
     directory = os.path.realpath(request.upper)
     if not os.path.isdir(os.path.dirname(directory)):
         raise UsageError(f"{os.path.dirname(directory)} is not a directory", hint="--upper is made inside it")
     if directory.startswith(store.data + os.sep):
         raise UsageError(f"--upper {directory} is inside the store", hint="leave --upper away to keep it there")
-    return _UpperPlace(Upper.ELSEWHERE, os.path.dirname(directory), os.path.basename(directory))
+    if set(os.path.basename(directory)) & set("\\,:"):
+        raise UsageError(f"--upper {directory} has a comma, colon or backslash in its name", hint="name it otherwise")
+    return UpperPlace(Upper.ELSEWHERE, os.path.dirname(directory), os.path.basename(directory))
 
 
-def _check_reuse(place: _UpperPlace, request: Request, ids: Ids) -> None:
-    """An upper that exists may only be used for what it was made for: other ids in it would be other owners."""
-    path = os.path.join(place.uppers, place.name)
-    try:
-        with open(os.path.join(path, UPPER_RECORD), encoding="utf-8") as file:
-            known = json.load(file)
-    except (OSError, ValueError):
-        raise UsageError(
-            f"{path} exists and is no upper of ours", hint="name a directory that does not exist"
-        ) from None
-    if known["image"] != request.image.digest:
-        raise UsageError(f"the upper {path} belongs to image {known['image']}", hint="name another --id or --upper")
-    if known["ids"] != ids.value:
-        raise UsageError(
-            f"the upper {path} keeps the ids of the {known['ids']}, this strategy those of the {ids.value}",
-            hint="use the strategy it was made with",
-        )
-    if ids is Ids.HOST and known["map"] != str(request.mapping):
-        raise UsageError(f"the upper {path} keeps host ids of the mapping {known['map']}", hint="use that mapping")
+def _namespace() -> int:
+    return os.stat("/proc/self/ns/mnt").st_ino
 
 
-def _describe_upper(place: _UpperPlace, request: Request, ids: Ids) -> None:
-    if place.kind is Upper.NONE:
-        return
-    known = {
-        "image": request.image.digest,
-        "ids": ids.value,
-        "map": str(request.mapping),
-        "ephemeral": request.ephemeral,
-    }
-    with open(os.path.join(place.uppers, place.name, UPPER_RECORD), "w", encoding="utf-8") as file:
-        json.dump(known, file)
+def _namespace_lives(number: int) -> bool:
+    """Whether any process that /proc shows is in a mount namespace."""
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if os.stat(f"/proc/{pid}/ns/mnt").st_ino == number:
+                return True
+        except OSError:
+            continue
+    return False
 
 
-def _holder(record: Record) -> str:
-    return f"mount:{record.id}"
+def _at(target: str) -> list[MountEntry]:
+    return [entry for entry in read_table() if entry.mount_point == target]
 
 
-def _is_ours(record: Record) -> bool:
-    """Whether the topmost mount at the target is the one recorded, as far as the table shows.
+def _covers(record: Record, state: State) -> bool:
+    """Whether the mount at the target is the one recorded. Raises: InUse where another one lies over it."""
+    here = _at(record.target)
+    ours = [entry for entry in here if _is_ours(entry, record, state)]
+    if ours and here[-1] is not ours[-1]:
+        raise InUse(f"something else is mounted over {record.target}", hint="take that off first")
+    return bool(ours)
 
-    What was not mounted yet when its command was killed must not make us take off somebody else's mount.
-    """
-    here = [entry for entry in read_table() if entry.mount_point == record.target]
-    if not here:
+
+def _is_ours(entry: MountEntry, record: Record, state: State) -> bool:
+    if record.mount_id is not None:
+        return (entry.unique_id or entry.id) == record.mount_id
+    # Killed before the number was known. Nothing was mounted at the target before, so that it takes little to be sure.
+    if state is State.MOUNTED:
         return False
-    top = here[-1]
-    return top.source == f"flatmount-{record.upper}" or record.strategy in _NAMELESS or not record.writable
-
-
-# mount(2) as the usual code calls it names every overlay "overlay".
-_NAMELESS = ("per-layer", "common-parent")
-
-
-def _described(record: Record) -> bool:
-    return os.path.exists(os.path.join(record.uppers, record.upper, UPPER_RECORD))
-
-
-def _remove_upper(record: Record) -> None:
-    if not os.path.lexists(os.path.join(record.uppers, record.upper)):
-        return
-    parent = os.open(record.uppers, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        remove_tree(parent, record.upper)
-    finally:
-        os.close(parent)
+    return entry.source in (f"flatmount-{record.upper}", "overlay") or "/v1/data/" in entry.root

@@ -8,16 +8,18 @@ left is known to the next one.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from typing import Any
 
-from flatmount.errors import FlatmountError, UsageError
+from flatmount.errors import UsageError
 from flatmount.kernel.process import owned_name, owner_is_gone
 from flatmount.rootfs.workplace import ensure_run_directory
 
@@ -35,7 +37,11 @@ class State(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One mount. `root` is the store; `upper` in `uppers` is the directory of its changes, unless it is read-only."""
+    """One mount. `root` is the store; `upper` in `uppers` is the directory of its changes, unless it is read-only.
+
+    `made_upper` says that this mount made it, `namespace` is the inode of the mount namespace it is in, and `mount_id`
+    its (unique, where the kernel has such) number there, once it stands.
+    """
 
     id: str
     state: State
@@ -51,6 +57,9 @@ class Record:
     upper: str
     writable: bool
     ephemeral: bool
+    made_upper: bool = False
+    namespace: int = 0
+    mount_id: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object."""
@@ -88,9 +97,41 @@ class Records:
         finally:
             os.unlink(draft)
 
-    def update(self, record: Record, state: State) -> Record:
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Alone with the records among all processes that take this lock."""
+        ensure_run_directory(self._run)
+        os.makedirs(self._directory, mode=0o700, exist_ok=True)
+        fd = os.open(os.path.join(self._directory, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(fd)
+
+    def holder(self, record: Record) -> str:
+        """What a mount's lease in the store is called: two run directories on one store do not know each other's."""
+        return f"mount:{record.id}@{self._run}"
+
+    def is_ours(self, holder: str) -> bool:
+        """Whether a lease belongs to a mount of this run directory."""
+        return holder.startswith("mount:") and holder.endswith(f"@{self._run}")
+
+    def has(self, record: Record) -> bool:
+        """Whether a mount is still recorded."""
+        return os.path.exists(self._path(record.id))
+
+    def update(
+        self, record: Record, state: State, *, mount_id: int | None = None, ephemeral: bool | None = None
+    ) -> Record:
         """Write a record's new state in place of the old one."""
-        changed = replace(record, state=state, owner=owned_name("flatmount"))
+        changed = replace(
+            record,
+            state=state,
+            owner=owned_name("flatmount"),
+            mount_id=record.mount_id if mount_id is None else mount_id,
+            ephemeral=record.ephemeral if ephemeral is None else ephemeral,
+        )
         os.replace(self._draft(changed), self._path(record.id))
         return changed
 
@@ -107,6 +148,18 @@ class Records:
             return ()
         found = (self._read(name) for name in names if name.endswith(".json"))
         return tuple(record for record in found if record is not None)
+
+    def damaged(self) -> tuple[str, ...]:
+        """Files that should be records and cannot be read as such, or were written by another version."""
+        try:
+            names = sorted(os.listdir(self._directory))
+        except (FileNotFoundError, PermissionError):
+            return ()
+        return tuple(
+            os.path.join(self._directory, name)
+            for name in names
+            if name.endswith(".json") and self._read(name) is None and os.path.exists(self._path(name[:-5]))
+        )
 
     def at(self, target: str) -> Record | None:
         """The record of what is mounted at a directory (absolute, resolved)."""
@@ -126,17 +179,14 @@ class Records:
         return path
 
     def _read(self, name: str) -> Record | None:
-        path = os.path.join(self._directory, name)
         try:
-            with open(path, encoding="utf-8") as file:
+            with open(os.path.join(self._directory, name), encoding="utf-8") as file:
                 data = json.load(file)
-        except FileNotFoundError:
+            if data.pop("schema") != _SCHEMA:
+                return None
+            return Record(**{**data, "state": State(data["state"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        except ValueError as error:
-            raise FlatmountError(f"the record {path} is damaged: {error}", hint="remove it by hand") from error
-        if data.pop("schema", None) != _SCHEMA:
-            raise FlatmountError(f"the record {path} is of another version", hint="use the flatmount that wrote it")
-        return Record(**{**data, "state": State(data["state"])})
 
     def sweep_drafts(self) -> None:
         """Remove drafts whose writers were killed."""

@@ -28,13 +28,14 @@ def ensure_run_directory(run: str) -> None:
 
 
 @contextmanager
-def workplace(run: str, name: str, *, elsewhere: Sequence[str] = ()) -> Iterator[str]:
+def workplace(run: str, name: str, *, elsewhere: Sequence[str] = (), ram: bool = True) -> Iterator[str]:
     """A fresh directory on a tmpfs of its own, attached in the calling thread's mount namespace; all gone afterwards.
 
     Args:
         run: the run directory.
         name: what it is for, one word.
         elsewhere: directories on other file systems that go with it; made here, each must not exist.
+        ram: whether it is a tmpfs of its own, or a plain directory of the run directory.
     """
     place = os.path.join(run, "work")
     ensure_run_directory(run)
@@ -47,7 +48,8 @@ def workplace(run: str, name: str, *, elsewhere: Sequence[str] = ()) -> Iterator
         os.mkdir(path, 0o711)
         for directory in elsewhere:
             os.mkdir(directory, 0o711)
-        run_once(MountPlan((Mount("flatmount-work", path, "tmpfs", MountFlag.NONE, "mode=0711"),)))
+        if ram:
+            run_once(MountPlan((Mount("flatmount-work", path, "tmpfs", MountFlag.NONE, "mode=0711"),)))
         yield path
     finally:
         _clear(path)

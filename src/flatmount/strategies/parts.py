@@ -62,7 +62,8 @@ def directories(spec: RootfsSpec, ids: Ids) -> Iterator[Operation]:
     """The container's own directories: upper and work, and the target where the plan is to make it."""
     if spec.upper is not Upper.NONE and spec.fresh_upper:
         top = below(UPPER_PATH, "/fs")
-        yield Mkdir(UPPER_PATH)
+        if not spec.upper_made:
+            yield Mkdir(UPPER_PATH)
         yield Mkdir(top, spec.root.mode)
         if ids is Ids.HOST:
             yield Chown(top, RunIds.ROOT)

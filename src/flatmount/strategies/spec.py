@@ -49,8 +49,9 @@ class RootfsSpec:
 
     `layers` are directories below the store's data directory, lowest first; `flat` the flat tree of the same chain and
     `shifted` a copy of it with changed owners, where they exist. `uppers` is the directory below it that holds the
-    uppers of Upper.STORE. `scratch_bytes` is the length of the temporary names
-    that the run will use: the usual code changes its form by the length of mount options.
+    uppers of Upper.STORE; a fresh upper is made by the plan, all of it or (`upper_made`) what goes into its directory.
+    `scratch_bytes` is the length of the temporary names that the run will use: the usual code changes its form by the
+    length of mount options.
     """
 
     layers: tuple[str, ...]
@@ -59,6 +60,7 @@ class RootfsSpec:
     upper: Upper = Upper.STORE
     uppers: str = "uppers"
     fresh_upper: bool = True
+    upper_made: bool = False
     root: RootDirectory = field(default_factory=RootDirectory)
     attach: Attach = Attach.HOST
     make_target: bool = False
