@@ -42,6 +42,14 @@ class Containerd:
     def ctr(self, *arguments: str) -> str:
         return self.ctr_bytes(*arguments).decode()
 
+    def connected(self) -> None:
+        """Wait until containerd, which backs off for some seconds, has found the restarted service again."""
+        deadline = time.monotonic() + 30
+        asking = ["ctr", "--address", str(self.directory / "c.sock"), "snapshots", "--snapshotter", "flatmount"]
+        while subprocess.run([*asking, "mounts", "/x", "survivor"], capture_output=True, check=False).returncode:
+            assert time.monotonic() < deadline, self.snapshotter.log[-3000:]
+            time.sleep(0.1)
+
     def run(self, image: str, name: str, script: str, *options: str) -> str:
         return self.ctr("run", "--rm", "--snapshotter", "flatmount", *options, image, name, "sh", "-ec", script)
 
@@ -171,6 +179,7 @@ def test_a_container_runs_through_a_kill_of_the_snapshotter(containerd: Containe
     try:
         containerd.snapshotter.stop(9)
         containerd.snapshotter.start()
+        containerd.connected()
         before = containerd.ctr("task", "exec", "--exec-id", "a", "survivor", "sh", "-c", "wc -l < /count")
         time.sleep(0.5)
         after = containerd.ctr("task", "exec", "--exec-id", "b", "survivor", "sh", "-c", "wc -l < /count")
