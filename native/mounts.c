@@ -21,6 +21,7 @@
 #include <string.h>
 #include <sys/fanotify.h>
 #include <sys/ioctl.h>
+#include <stdio.h>
 #include <sys/prctl.h>
 #include <unistd.h>
 
