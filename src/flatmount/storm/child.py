@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -29,6 +30,8 @@ class Child:
         self._offset = 0
         self._rest = b""
         self._output = os.memfd_create(module, os.MFD_CLOEXEC)
+        # A memfd has no position of its own for each write: without this, two threads would overwrite each other.
+        fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
         try:
             # -P: what lies in the current directory is not imported. A group of its own: Ctrl-C is for the
             # storm, which then ends its children in order.
