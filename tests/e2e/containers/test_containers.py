@@ -280,6 +280,7 @@ def children_of(pid: int) -> list[int]:
     return [one for child in found for one in (child, *children_of(child))]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("round_", range(200 if SOAK else 20))
 def test_nothing_is_left_after_a_kill_at_any_moment(line: CommandLine, round_: int, seed: int) -> None:
     """The starter, the shim, the runtime or the container's first process; the next command knows and clears up."""

@@ -37,6 +37,8 @@ def storm(line: CommandLine, *arguments: str) -> list[dict[str, object]]:
     return waves
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
 def test_waves_of_containers_leave_nothing(line: CommandLine) -> None:
     before = mount_count()
     count = "20" if SOAK else "4"
