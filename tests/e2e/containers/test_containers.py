@@ -6,9 +6,9 @@ import os
 import pty
 import random
 import select
-import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -83,9 +83,10 @@ def test_both_streams_go_where_they_belong_and_input_arrives(line: CommandLine) 
 def test_a_terminal_with_size_and_interrupt(line: CommandLine) -> None:
     pid, fd = pty.fork()
     if pid == 0:
-        command = [shutil.which("python3") or "python3", "-m", "flatmount"]
+        # The whole path as its own name, too: a virtual environment is found by it.
+        command = [sys.executable, "-m", "flatmount"]
         options = ["run", "--rm", "--tty", "--name", new_name(), "tiny", "sh"]
-        os.execve(os.sys.executable, ["python", *command[1:], *options], line.environment())  # type: ignore[attr-defined]
+        os.execve(sys.executable, [*command, *options], line.environment())
     seen = bytearray()
 
     def shows(text: bytes) -> bool:
