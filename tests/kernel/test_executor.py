@@ -12,6 +12,7 @@ from flatmount.errors import OperationFailed
 from flatmount.kernel import _native
 from flatmount.kernel.executor import Executable, adopt_thread, run_once
 from flatmount.kernel.mounts import MountEvents, mount_count
+from flatmount.kernel.namespaces import empty_mount_namespace, own_mount_namespace
 from flatmount.plan import MountPlan, Parameter, Slot
 from flatmount.plan import operations as op
 
@@ -168,3 +169,26 @@ def test_many_threads_run_one_program_at_once(ram: Path) -> None:
         thread.join()
     assert not failures
     assert not os.listdir(ram)
+
+
+def test_what_was_done_in_a_helper_namespace_is_undone_there_and_not_at_home(ram: Path) -> None:
+    place = ram / "place"
+    place.mkdir()
+    run_once(MountPlan((op.Mount("ours", str(place), "tmpfs"),)))
+    parents = [str(parent) for parent in reversed(place.parents)][1:]
+    plan = MountPlan(
+        (
+            op.Setns(op.HELPER),
+            *(op.Mkdir(path) for path in (*parents, str(place))),
+            op.Mount("helper", str(place), "tmpfs"),
+            op.Rmdir("/missing"),
+            op.Setns(op.HOME),
+        )
+    )
+    helper, home = empty_mount_namespace(), own_mount_namespace()
+    before = mount_count(), mount_count(namespace_fd=helper.fileno())
+    with pytest.raises(OperationFailed, match="rmdir /missing") as refusal:
+        run_once(plan, {op.HELPER: helper.fileno(), op.HOME: home.fileno()})
+    assert not refusal.value.not_undone
+    assert (mount_count(), mount_count(namespace_fd=helper.fileno())) == before
+    assert place.is_mount()

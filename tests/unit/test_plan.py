@@ -8,7 +8,7 @@ from flatmount.errors import MissingFeature, TooManyLayers, UsageError
 from flatmount.plan import MountPlan, Parameter, as_data, encode, explain, undo
 from flatmount.plan import operations as op
 from flatmount.plan.facts import HostFacts
-from flatmount.strategies import AUTO, STRATEGIES, Attach, RootfsSpec, Upper, choose
+from flatmount.strategies import AUTO, STRATEGIES, Attach, RootfsSpec, Upper, choose, pin
 
 EVERYTHING = HostFacts(**{field.name: True for field in dataclasses.fields(HostFacts)})
 OLD = dataclasses.replace(EVERYTHING, detached_layers=False)
@@ -168,3 +168,19 @@ def test_undoing_after_any_operation_takes_back_every_mount_and_directory(done: 
                 assert path not in mounted
     assert not made
     assert not mounted
+
+
+def test_undoing_takes_back_in_each_namespace_what_was_done_there_and_ends_at_home() -> None:
+    place = (Parameter.RANGE,)
+    undone = undo(pin("/store", OLD, id_mapped=True), 5).operations
+    unmount = op.Unmount(place, op.UnmountFlag.NOFOLLOW)
+    assert undone == (op.Setns(op.HELPER), unmount, op.Rmdir(place, if_empty=True), op.Setns(op.HOME))
+    both = MountPlan((op.Mkdir("/a"), op.Setns(op.HELPER), op.Mkdir("/a"), op.Setns(op.HOME), op.Rmdir("/a")))
+    rmdir = op.Rmdir("/a", if_empty=True)
+    assert undo(both).operations == (op.Setns(op.HELPER), rmdir, op.Setns(op.HOME))
+    assert undo(both, 4).operations == (op.Setns(op.HELPER), rmdir, op.Setns(op.HOME), rmdir)
+
+
+def test_undoing_does_not_unmount_what_only_changed_how_it_propagates() -> None:
+    plan = MountPlan((op.Mount("x", "/a", "tmpfs"), op.Mount("none", "/a", None, op.MountFlag.PRIVATE)))
+    assert undo(plan).operations == (op.Unmount("/a", op.UnmountFlag.NOFOLLOW),)
