@@ -199,7 +199,8 @@ class Assembler:
 
     def _after_failure(self, failure: OperationFailed, name: str) -> None:
         # overlayfs may have written into the work directory already, so that the undoing's rmdir could not take it.
-        if self._writes and self.spec.fresh_upper and not _already_there(failure):
+        # Where the undoing itself failed, a mount may still stand on the upper.
+        if self._writes and self.spec.fresh_upper and not _already_there(failure) and not failure.not_undone:
             self._remove_upper(name)
 
     def _lend(self, shared: Range) -> tuple[int, ...]:
