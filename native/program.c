@@ -7,7 +7,7 @@
  *   RMDIR              rmdir                          path
  *   CHOWN              lchown                         path                                   x uid, y gid, or RUN_IDS
  *   UTIMES             utimensat                      path                                   y ns since the epoch
- *   READ_FILE          open, read .. close            path
+ *   READ_FILE          open, openat2, read .. close   root, path in it
  *   OPEN               open(O_PATH|O_DIRECTORY)       path               out
  *   OPEN_TREE          open_tree(CLONE)               path               out, a directory    x more flags
  *   MOUNT_SETATTR      mount_setattr                                     a tree, b userns    x more flags, y attributes
@@ -34,6 +34,7 @@
  * thread of our own unless the calling thread was adopted (adopt_thread); SETNS always does.
  */
 #include "common.h"
+#include "lookup.h"
 #include "program.h"
 
 #include <errno.h>
@@ -181,14 +182,20 @@ static void restore_ids(struct run *run)
 	syscall(SYS_capset, &header, run->capabilities);
 }
 
-static int read_file(const char *path)
+static int read_file(const char *root, const char *path)
 {
 	char buffer[4096];
 	ssize_t got, sum = 0;
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+	int inside = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
 
-	if (fd < 0)
+	if (inside < 0)
 		return -1;
+	int fd = fm_open_file_in_root(inside, path), error = errno;
+	close(inside);
+	if (fd < 0) {
+		errno = error;
+		return -1;
+	}
 	while (sum < READ_BYTES && (got = read(fd, buffer, sizeof(buffer))) > 0)
 		sum += got;
 	close(fd);
@@ -221,7 +228,7 @@ static long perform(struct run *run, const struct record *r, const char *s1, con
 		return utimensat(AT_FDCWD, s1, both, AT_SYMLINK_NOFOLLOW);
 	}
 	case READ_FILE:
-		return read_file(s1);
+		return read_file(s1, s2);
 	case OPEN:
 		return openat(descriptor(run, r->a), s1, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	case OPEN_TREE:
@@ -713,7 +720,7 @@ static int good_slot(const struct program *program, int16_t slot, int needed)
 }
 
 static const struct needs { uint8_t strings, out, a, b; } needs[CODES] = {
-	[MKDIR] = {1}, [RMDIR] = {1}, [CHOWN] = {1}, [UTIMES] = {1}, [READ_FILE] = {1},
+	[MKDIR] = {1}, [RMDIR] = {1}, [CHOWN] = {1}, [UTIMES] = {1}, [READ_FILE] = {2},
 	[OPEN] = {1, 1}, [OPEN_TREE] = {1, 1}, [MOUNT_SETATTR] = {0, 0, 1}, [MOVE_MOUNT] = {1, 0, 1},
 	[FSOPEN] = {1, 1}, [FSCONFIG_FLAG] = {1, 0, 1}, [FSCONFIG_STRING] = {2, 0, 1}, [FSCONFIG_FD] = {1, 0, 1, 1},
 	[FSCONFIG_CREATE] = {0, 0, 1}, [FSMOUNT] = {0, 1, 1}, [MOUNT] = {2}, [UMOUNT] = {1}, [FCHDIR] = {0, 0, 1},

@@ -213,6 +213,29 @@ def test_one_job_that_cannot_be_undone_does_not_hide_what_the_others_did(ram: Pa
     run_once(MountPlan((op.Unmount(f"{ram}/good"), op.Unmount(f"{ram}/real"))))
 
 
+def test_the_user_database_is_read_inside_the_root_alone(ram: Path) -> None:
+    """What is read has a new access time, or less in it; what is not keeps both."""
+    root, host = ram / "root", ram / "host"
+    (root / "etc").mkdir(parents=True)
+    host.mkdir()
+    for path in (host / "passwd", root / "etc/real"):
+        path.write_text("root:x:0:0::/:/bin/sh\n")
+        os.utime(path, (1, 2))
+    (root / "etc/inside").symlink_to("/etc/real")
+    (root / "etc/outside").symlink_to(f"../../../../../../../../../..{host}/passwd")
+    (root / "up").symlink_to(host)
+    os.mkfifo(root / "etc/fifo")
+    fifo = os.open(root / "etc/fifo", os.O_RDWR | os.O_NONBLOCK)
+    os.write(fifo, b"still here")
+    names = ("/etc/outside", "/up/passwd", "/etc/fifo", "/etc/missing", "/etc")
+    run_once(MountPlan(tuple(op.ReadFile(str(root), name) for name in names)))
+    assert (host / "passwd").stat().st_atime == 1
+    assert os.read(fifo, 100) == b"still here"
+    os.close(fifo)
+    run_once(MountPlan((op.ReadFile(str(root), "/etc/inside"),)))
+    assert (root / "etc/real").stat().st_atime != 1
+
+
 REFUSING = """
 import ctypes, os, struct
 from flatmount.errors import OperationFailed

@@ -111,9 +111,13 @@ class Utimes:
 
 @dataclass(frozen=True, slots=True)
 class ReadFile:
-    """Read a small file and drop what it says, as engines do with the user database; it may be absent."""
+    """Read a small file and drop what it says, as engines do with the user database; it may be absent.
 
-    path: Text
+    `path` is looked up inside `root` and its links lead nowhere else; only a regular file is opened.
+    """
+
+    root: Text
+    path: str
 
 
 @dataclass(frozen=True, slots=True)

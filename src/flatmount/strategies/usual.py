@@ -31,7 +31,7 @@ from flatmount.plan.operations import (
     Text,
     Unmount,
 )
-from flatmount.strategies.parts import OVERLAY_OPTIONS, TARGET, UPPER_PATH, below, directories
+from flatmount.strategies.parts import OVERLAY_OPTIONS, TARGET, UPPER_PATH, directories
 from flatmount.strategies.spec import Attach, Ids, RootfsSpec, Upper
 
 _PAGE = 4096
@@ -63,7 +63,7 @@ def two_passes(spec: RootfsSpec, id_mapping: IdMapping, strategy: str) -> MountP
             *directories(spec, Ids.HOST),
             Mkdir(look),
             *_pass(spec, id_mapping, (Parameter.SCRATCH, "-1"), look, writable=False),
-            *(ReadFile(below(look, name)) for name in _USER_DATABASE),
+            *(ReadFile(look, name) for name in _USER_DATABASE),
             Unmount(look),
             Unmount(look, expect_gone=True),
             Rmdir(look),
