@@ -15,6 +15,7 @@ from flatmount.kernel.namespaces import user_namespace
 from flatmount.kernel.start import check_start
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
+from flatmount.plan.operations import UPPERS
 from flatmount.rootfs.assembler import Assembler, Request, Rootfs
 from flatmount.rootfs.ranges import RangePool
 from flatmount.strategies import Attach, RootDirectory, RootfsSpec, Upper
@@ -147,6 +148,28 @@ def test_the_upper_takes_on_the_root_directorys_attributes(data: Path, facts: Ho
         seen = target.stat()
         assert (seen.st_mode & 0o7777, seen.st_uid, seen.st_gid) == (0o1751, 200005, 200006)
         assert seen.st_mtime_ns == root.mtime_ns
+
+
+def test_a_namespace_that_was_closed_is_made_anew() -> None:
+    first = user_namespace(MAPPING)
+    first.close()
+    second = user_namespace(MAPPING)
+    assert second is not first
+    assert os.readlink(f"/proc/self/fd/{second.fileno()}").startswith("user:")
+    assert user_namespace(MAPPING) is second
+    with pytest.raises(ValueError, match="closed"):
+        first.fileno()
+
+
+def test_closing_a_pool_leaves_what_was_lent(data: Path, facts: HostFacts) -> None:
+    made = assembler(data, facts, "flat", upper=Upper.ELSEWHERE)
+    lent = made._lend(made._pool.get(MAPPING))
+    assert UPPERS in made._executable.needs or not facts.detached_layers
+    upper = lent[-1]
+    made._pool.close()
+    assert os.fstat(upper).st_ino == os.stat(made.uppers).st_ino
+    with made.assemble(MAPPING, "one", str(data.parent / "targets/one")):
+        pass
 
 
 def test_two_maps_in_one_mapping(data: Path, facts: HostFacts) -> None:

@@ -26,7 +26,7 @@ from flatmount.plan.operations import (
     Unmount,
     UnmountFlag,
 )
-from flatmount.rootfs.ranges import Range, RangePool
+from flatmount.rootfs.ranges import Pin, Range, RangePool
 from flatmount.strategies import PINNING, STRATEGIES, Attach, Ids, RootfsSpec, Upper, upper_ids
 
 _UNATTACH = Unmount((Parameter.TARGET,), UnmountFlag.NOFOLLOW)
@@ -120,6 +120,7 @@ class Assembler:
             undoing.append(Rmdir((Parameter.TARGET,)))
         self._undo = Executable(MountPlan(tuple(undoing), keep_going=True))
         self._writes = spec.upper is not Upper.NONE
+        self._uppers_pin: Pin | None = None
 
     def assemble(self, mapping: Mapping, name: str, target: str = "") -> Rootfs:
         """Build one root file system.
@@ -188,7 +189,7 @@ class Assembler:
         if Parameter.LAYERS_AT in self._given:
             values[Parameter.LAYERS_AT] = os.fsencode(shared.layers().place)
         if Parameter.UPPERS_AT in self._given:
-            values[Parameter.UPPERS_AT] = os.fsencode(self._pool.directory(self.uppers).place)
+            values[Parameter.UPPERS_AT] = os.fsencode(self._pinned_uppers().place)
         parameters = tuple([values[parameter] for parameter in self._executable.parameters])
         return lent, parameters, shared.ids(root.uid, root.gid)
 
@@ -212,8 +213,14 @@ class Assembler:
         if slot is USER_NAMESPACE:
             return shared.namespace.fileno()
         if slot is UPPERS:
-            return self._pool.directory(self.uppers).fd
+            return self._pinned_uppers().fd
         return self._pool.home.lent[slot]
+
+    def _pinned_uppers(self) -> Pin:
+        # Held here: a pool that is closed meanwhile must not take the descriptor from under a run.
+        if self._uppers_pin is None:
+            self._uppers_pin = self._pool.directory(self.uppers)
+        return self._uppers_pin
 
     def take_off(self, rootfs: Rootfs) -> Outcome | None:
         """Undo a root file system of this assembler; see Rootfs.undo."""
