@@ -150,6 +150,20 @@ def test_the_upper_takes_on_the_root_directorys_attributes(data: Path, facts: Ho
         assert seen.st_mtime_ns == root.mtime_ns
 
 
+@pytest.mark.parametrize("upper", [Upper.STORE, Upper.NONE])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_image_of_one_layer(data: Path, facts: HostFacts, strategy: str, upper: Upper) -> None:
+    target = data.parent / "targets/one"
+    made = assembler(data, facts, strategy, layers=("layers/3",), flat="layers/3", upper=upper)
+    with made.assemble(MAPPING, "one", str(target)) as rootfs:
+        assert (target / "bin/tool").stat().st_uid == 200007
+        assert rootfs.outcome.mount_operations == made.plan.mount_operations
+        if upper is Upper.NONE:
+            with pytest.raises(OSError, match="Read-only"):
+                (target / "new").write_text("")
+    assert not os.listdir(data.parent / "tmp")
+
+
 def test_a_namespace_that_was_closed_is_made_anew() -> None:
     first = user_namespace(MAPPING)
     first.close()

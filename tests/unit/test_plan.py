@@ -184,3 +184,26 @@ def test_undoing_takes_back_in_each_namespace_what_was_done_there_and_ends_at_ho
 def test_undoing_does_not_unmount_what_only_changed_how_it_propagates() -> None:
     plan = MountPlan((op.Mount("x", "/a", "tmpfs"), op.Mount("none", "/a", None, op.MountFlag.PRIVATE)))
     assert undo(plan).operations == (op.Unmount("/a", op.UnmountFlag.NOFOLLOW),)
+
+
+def overlays(plan: MountPlan) -> list[op.Mount]:
+    return [operation for operation in plan.operations if isinstance(operation, op.Mount)]
+
+
+@pytest.mark.parametrize("name", ["per-layer", "common-parent"])
+@pytest.mark.parametrize(("layers", "upper_is_a_lower"), [(1, True), (60, True), (499, True), (500, False)])
+def test_the_first_pass_looks_through_the_upper_where_overlayfs_takes_one_more(
+    name: str, layers: int, upper_is_a_lower: bool
+) -> None:
+    first, second = (overlay.data for overlay in overlays(STRATEGIES[name](spec(layers), EVERYTHING)))
+    through = ("lowerdir=", Parameter.UPPERS, "/", Parameter.UPPER, "/fs:")
+    assert isinstance(first, tuple) and isinstance(second, tuple)
+    assert (first[:5] == through) is upper_is_a_lower
+    assert second[:5] != through
+
+
+@pytest.mark.parametrize("name", ["per-layer", "common-parent"])
+def test_one_read_only_layer_is_bound_with_as_many_mount_operations(name: str) -> None:
+    plan = STRATEGIES[name](spec(1, upper=Upper.NONE), EVERYTHING)
+    assert plan.mount_operations == 7
+    assert [(mount.fstype, mount.flags) for mount in overlays(plan)] == [(None, op.MountFlag.BIND)] * 2
