@@ -164,6 +164,22 @@ def test_an_image_of_one_layer(data: Path, facts: HostFacts, strategy: str, uppe
     assert not os.listdir(data.parent / "tmp")
 
 
+@pytest.mark.parametrize("newer", [True, False], ids=["as it is", "without lowerdir+"])
+@pytest.mark.parametrize("upper", [Upper.STORE, Upper.ELSEWHERE])
+def test_a_copy_is_found_below_any_path(data: Path, facts: HostFacts, upper: Upper, newer: bool) -> None:
+    facts = dataclasses.replace(facts, lowerdir_append=facts.lowerdir_append and newer)
+    # An upper elsewhere is named by its whole path where the kernel cannot be told otherwise.
+    place = data.parent / ("a:b" if upper is Upper.ELSEWHERE and not facts.lowerdir_append else "a:b," + "x" * 240)
+    place.mkdir()
+    data = data.rename(place / "data")
+    target = data.parent / "root"
+    made = assembler(data, facts, "chown", shifted="flat/1", upper=upper)
+    with made.assemble(MAPPING, "one", str(target)):
+        assert (target / "bin/tool").read_text() == "tool\n"
+        (target / "new").write_text("")
+        assert (Path(made.uppers) / "one/fs/new").exists()
+
+
 def test_a_namespace_that_was_closed_is_made_anew() -> None:
     first = user_namespace(MAPPING)
     first.close()

@@ -8,6 +8,8 @@ from flatmount.errors import MissingFeature, TooManyLayers, UsageError
 from flatmount.plan import MountPlan, Parameter, as_data, encode, explain, undo
 from flatmount.plan import operations as op
 from flatmount.plan.facts import HostFacts
+from flatmount.rootfs.assembler import Assembler
+from flatmount.rootfs.ranges import RangePool
 from flatmount.strategies import AUTO, STRATEGIES, Attach, RootfsSpec, Upper, choose, pin
 
 EVERYTHING = HostFacts(**{field.name: True for field in dataclasses.fields(HostFacts)})
@@ -207,3 +209,16 @@ def test_one_read_only_layer_is_bound_with_as_many_mount_operations(name: str) -
     plan = STRATEGIES[name](spec(1, upper=Upper.NONE), EVERYTHING)
     assert plan.mount_operations == 7
     assert [(mount.fstype, mount.flags) for mount in overlays(plan)] == [(None, op.MountFlag.BIND)] * 2
+
+
+@pytest.mark.parametrize("name", ["per-layer", "common-parent"])
+@pytest.mark.parametrize("character", [",", ":", "\\"])
+def test_a_path_that_mount_options_cannot_carry_is_refused_by_its_character(name: str, character: str) -> None:
+    pool = RangePool("/store", EVERYTHING)
+    with pytest.raises(UsageError) as refusal:
+        Assembler(spec(2), name, pool, uppers=f"/st{character}ore/uppers", scratch="/run/s-")
+    assert repr(character) in str(refusal.value) and name in str(refusal.value)
+    with pytest.raises(UsageError):
+        Assembler(spec(2), name, pool, uppers="/uppers", scratch=f"/r{character}n/s-")
+    Assembler(spec(2, upper=Upper.NONE), name, pool, uppers=f"/st{character}ore/uppers", scratch="/run/s-")
+    Assembler(spec(2), "flat", pool, uppers=f"/st{character}ore/uppers", scratch="/run/s-")

@@ -27,7 +27,17 @@ from flatmount.plan.operations import (
     UnmountFlag,
 )
 from flatmount.rootfs.ranges import Pin, Range, RangePool
-from flatmount.strategies import PINNING, STRATEGIES, Attach, Ids, RootfsSpec, Upper, upper_ids
+from flatmount.strategies import (
+    BY_OPTIONS,
+    PINNING,
+    STRATEGIES,
+    Attach,
+    Ids,
+    RootfsSpec,
+    Upper,
+    require_plain_paths,
+    upper_ids,
+)
 
 _UNATTACH = Unmount((Parameter.TARGET,), UnmountFlag.NOFOLLOW)
 
@@ -101,7 +111,11 @@ class Assembler:
             uppers: the directory for uppers, absolute; the store's own for Upper.STORE.
             scratch: beginning of temporary names (an existing directory and a prefix), absolute.
             ephemeral: uppers go with their root file systems.
+
+        Raises: UsageError, MissingFeature, TooManyLayers where the strategy cannot build it here.
         """
+        if strategy in BY_OPTIONS:
+            require_plain_paths(strategy, scratch, *([] if spec.upper is Upper.NONE else [uppers]))
         self.spec = spec
         self.strategy = strategy
         self.plan = STRATEGIES[strategy](spec, pool.facts)
@@ -130,7 +144,8 @@ class Assembler:
             name: the container's name, one path component; its upper's directory is called so.
             target: where to attach, absolute; made by the plan if the specification says so.
 
-        Raises: OperationFailed, with everything undone; MappingError where the image's root has no host id.
+        Raises: OperationFailed, with everything undone; MappingError where the image's root has no host id; UsageError
+        for a name that the strategy cannot pass on.
         """
         asked_ns = perf_counter_ns()
         shared = self._pool.get(mapping)
@@ -153,7 +168,8 @@ class Assembler:
         much as the kernel's part does. Ranges that are not there yet are made first, as many at a time.
 
         Returns, in the order of the requests, what was made; a failure, everything of it undone, in place of what was
-        not. Raises: OSError, OperationFailed, MappingError where a range cannot be made; nothing is assembled then.
+        not. Raises: OSError, OperationFailed, MappingError where a range cannot be made, UsageError for a name that the
+        strategy cannot pass on; nothing is assembled then.
         """
         asked_ns = perf_counter_ns()
         ranges = self._pool.prepare((request.mapping for request in requests), pinned=self.pins, at_once=at_once)
@@ -178,6 +194,8 @@ class Assembler:
         return made
 
     def _job(self, shared: Range, lent: tuple[int, ...], name: str, target: str) -> Job:
+        if self.strategy in BY_OPTIONS:
+            require_plain_paths(self.strategy, name)
         root = self.spec.root
         values = {
             Parameter.TARGET: os.fsencode(target),

@@ -39,6 +39,7 @@ from flatmount.strategies.spec import MOST_LOWERS, Attach, Ids, RootfsSpec, Uppe
 
 _PAGE = 4096
 _COMPACT_FROM = _PAGE - 512  # from here on containerd changes into the lowers' directory and names them relatively
+_MEANINGFUL = ",:\\"  # to mount(2)'s options and to overlayfs's list of lowers
 _USER_DATABASE = ("/etc/passwd", "/etc/group")
 
 # Given the place for temporary mount points: operations before, names of the lowers there, operations after.
@@ -54,6 +55,20 @@ def id_mapped_attach(source: Text, target: Text) -> tuple[Operation, ...]:
         MoveMount(tree, target),
         Close(tree),
     )
+
+
+def require_plain_paths(strategy: str, *paths: str) -> None:
+    """Refuse paths that cannot stand in the options of `mount(2)`.
+
+    Raises: UsageError, naming the character.
+    """
+    for path in paths:
+        for character in _MEANINGFUL:
+            if character in path:
+                raise UsageError(
+                    f"strategy {strategy} puts {path!r} into mount options, where {character!r} has a meaning",
+                    hint="use detached or flat, or a path without it",
+                )
 
 
 def two_passes(spec: RootfsSpec, id_mapping: IdMapping, strategy: str) -> MountPlan:
