@@ -1,5 +1,6 @@
 /* Files of a root file system that nobody may be trusted with: looked up inside it, whatever its links say. */
 #include "common.h"
+#include "lookup.h"
 
 #include <errno.h>
 #include <stdio.h>
@@ -24,7 +25,7 @@ static int resolve(int root, const char *path)
 	return -1;
 }
 
-static int open_file(int root, const char *path)
+int fm_open_file_in_root(int root, const char *path)
 {
 	char self[64];
 	struct stat st;
@@ -56,7 +57,7 @@ static PyObject *open_file_in_root(PyObject *module, PyObject *arguments)
 	if (!PyArg_ParseTuple(arguments, "iy:open_file_in_root", &root, &path))
 		return NULL;
 	Py_BEGIN_ALLOW_THREADS
-	fd = open_file(root, path);
+	fd = fm_open_file_in_root(root, path);
 	Py_END_ALLOW_THREADS
 	if (fd < 0)
 		return PyErr_SetFromErrno(PyExc_OSError);

@@ -165,6 +165,20 @@ static int empty_and_hold(void *argument)
 		pause();
 }
 
+/* A futex may wake for nothing: only `ready` itself and the end of the time count. Returns 0 or an errno. */
+static int wait_until(int *ready, int seconds)
+{
+	struct timespec end;
+
+	clock_gettime(CLOCK_MONOTONIC, &end);
+	end.tv_sec += seconds;
+	while (!__atomic_load_n(ready, __ATOMIC_ACQUIRE))
+		if (syscall(SYS_futex, ready, FUTEX_WAIT_BITSET, 0, &end, NULL, FUTEX_BITSET_MATCH_ANY) < 0 &&
+		    errno != EAGAIN && errno != EINTR)
+			return __atomic_load_n(ready, __ATOMIC_ACQUIRE) ? 0 : errno;
+	return 0;
+}
+
 static PyObject *empty_mount_namespace(PyObject *module, PyObject *unused)
 {
 	int fd = -1, error = 0;
@@ -175,12 +189,8 @@ static PyObject *empty_mount_namespace(PyObject *module, PyObject *unused)
 	if (fm_task_start(&task, CLONE_NEWNS, empty_and_hold, &e) < 0) {
 		error = errno;
 	} else {
-		struct timespec limit = {.tv_sec = 10};
-		if (!__atomic_load_n(&e.ready, __ATOMIC_ACQUIRE))
-			syscall(SYS_futex, &e.ready, FUTEX_WAIT, 0, &limit, NULL, 0);
-		if (!__atomic_load_n(&e.ready, __ATOMIC_ACQUIRE))
-			error = ETIMEDOUT;
-		else
+		error = wait_until(&e.ready, 10);
+		if (!error)
 			error = __atomic_load_n(&e.error, __ATOMIC_ACQUIRE);
 		if (!error && (fd = open_namespace(task.pid, "mnt")) < 0)
 			error = errno;

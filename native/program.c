@@ -7,7 +7,7 @@
  *   RMDIR              rmdir                          path
  *   CHOWN              lchown                         path                                   x uid, y gid, or RUN_IDS
  *   UTIMES             utimensat                      path                                   y ns since the epoch
- *   READ_FILE          open, read .. close            path
+ *   READ_FILE          open, openat2, read .. close   root, path in it
  *   OPEN               open(O_PATH|O_DIRECTORY)       path               out
  *   OPEN_TREE          open_tree(CLONE)               path               out, a directory    x more flags
  *   MOUNT_SETATTR      mount_setattr                                     a tree, b userns    x more flags, y attributes
@@ -34,6 +34,7 @@
  * thread of our own unless the calling thread was adopted (adopt_thread); SETNS always does.
  */
 #include "common.h"
+#include "lookup.h"
 #include "program.h"
 
 #include <errno.h>
@@ -41,6 +42,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/fsuid.h>
@@ -180,14 +182,20 @@ static void restore_ids(struct run *run)
 	syscall(SYS_capset, &header, run->capabilities);
 }
 
-static int read_file(const char *path)
+static int read_file(const char *root, const char *path)
 {
 	char buffer[4096];
 	ssize_t got, sum = 0;
-	int fd = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+	int inside = open(root, O_PATH | O_DIRECTORY | O_CLOEXEC);
 
-	if (fd < 0)
+	if (inside < 0)
 		return -1;
+	int fd = fm_open_file_in_root(inside, path), error = errno;
+	close(inside);
+	if (fd < 0) {
+		errno = error;
+		return -1;
+	}
 	while (sum < READ_BYTES && (got = read(fd, buffer, sizeof(buffer))) > 0)
 		sum += got;
 	close(fd);
@@ -220,7 +228,7 @@ static long perform(struct run *run, const struct record *r, const char *s1, con
 		return utimensat(AT_FDCWD, s1, both, AT_SYMLINK_NOFOLLOW);
 	}
 	case READ_FILE:
-		return read_file(s1);
+		return read_file(s1, s2);
 	case OPEN:
 		return openat(descriptor(run, r->a), s1, O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
 	case OPEN_TREE:
@@ -300,6 +308,14 @@ static int is_context_call(uint8_t code)
 	return code >= FSCONFIG_FLAG && code <= FSMOUNT;
 }
 
+/* What failed is no operation of the plan: its place is behind the last one, and the message is the call's name. */
+static void fail_outside(struct run *run, const char *call, int error)
+{
+	run->error = error;
+	run->failed_at = run->program->count;
+	snprintf(run->message, sizeof(run->message), "%s", call);
+}
+
 static void *run_all(void *argument)
 {
 	struct run *run = argument;
@@ -346,7 +362,7 @@ static void *run_all(void *argument)
 		restore_ids(run);
 	/* A working directory in a detached mount would keep it alive, and busy. */
 	if (run->changed_directory && chdir("/") < 0 && !run->error)
-		run->error = errno;
+		fail_outside(run, "chdir", errno);
 	return NULL;
 }
 
@@ -355,7 +371,7 @@ static void *run_on_own_thread(void *argument)
 	struct run *run = argument;
 
 	if (unshare(CLONE_FS) < 0)
-		run->error = errno;
+		fail_outside(run, "unshare", errno);
 	else
 		run_all(run);
 	return NULL;
@@ -501,8 +517,15 @@ static PyObject *program_run(PyObject *self, PyObject *arguments)
 struct crew {
 	struct run *runs;
 	Py_ssize_t count, next;
-	int failed_to_start;
+	const char *failed; /* the call that a thread could not go on without, and its error */
+	int error;
 };
+
+static void tell_failure(struct crew *crew, const char *call, int error)
+{
+	__atomic_store_n(&crew->error, error, __ATOMIC_RELAXED);
+	__atomic_store_n(&crew->failed, call, __ATOMIC_RELAXED);
+}
 
 /* One of several threads that take one run after the other. */
 static void *run_many_on_own_thread(void *argument)
@@ -510,10 +533,14 @@ static void *run_many_on_own_thread(void *argument)
 	struct crew *crew = argument;
 	const struct program *program = crew->runs[0].program;
 	char arena[ARENA_BYTES];
-	int home = program->own_ns ? open("/proc/thread-self/ns/mnt", O_RDONLY | O_CLOEXEC) : -1;
+	int home = -1;
 
-	if (unshare(CLONE_FS) < 0 || (program->own_ns && home < 0)) {
-		__atomic_store_n(&crew->failed_to_start, errno, __ATOMIC_RELAXED);
+	if (unshare(CLONE_FS) < 0) {
+		tell_failure(crew, "unshare", errno);
+		return NULL;
+	}
+	if (program->own_ns && (home = open("/proc/thread-self/ns/mnt", O_RDONLY | O_CLOEXEC)) < 0) {
+		tell_failure(crew, "open", errno);
 		return NULL;
 	}
 	for (;;) {
@@ -525,14 +552,20 @@ static void *run_many_on_own_thread(void *argument)
 		run_all(run);
 		close_all_but_outputs(run);
 		/* A run that failed half-way may have left this thread in the helper namespace. */
-		if (run->error && home >= 0 && setns(home, CLONE_NEWNS) < 0)
+		if (run->error && home >= 0 && setns(home, CLONE_NEWNS) < 0) {
+			tell_failure(crew, "setns", errno);
 			break;
+		}
 	}
 	if (home >= 0)
 		close(home);
 	return NULL;
 }
 
+/*
+ * Returns an errno where nothing ran at all. Otherwise each run has its outcome; those for which no thread was left
+ * have failed before their first operation.
+ */
 static int run_crew(struct crew *crew, int threads)
 {
 	pthread_t *workers = calloc((size_t)threads, sizeof(*workers));
@@ -544,12 +577,12 @@ static int run_crew(struct crew *crew, int threads)
 	for (int i = 0; i < started; i++)
 		pthread_join(workers[i], NULL);
 	free(workers);
-	/* Fewer threads than asked for do the work all the same; only none at all is an error. */
-	if (started)
-		error = 0;
-	if (crew->next < crew->count)
-		error = crew->failed_to_start ? crew->failed_to_start : EAGAIN;
-	return error;
+	if (!crew->next)
+		return crew->error ? crew->error : error;
+	/* Fewer threads than asked for do the work all the same. */
+	for (Py_ssize_t i = crew->next; i < crew->count; i++)
+		fail_outside(&crew->runs[i], crew->failed, crew->error);
+	return 0;
 }
 
 static int take_jobs(struct crew *crew, const struct program *program, PyObject *jobs, PyObject *times)
@@ -599,8 +632,6 @@ static PyObject *program_run_many(PyObject *self, PyObject *arguments)
 	if (error) {
 		errno = error;
 		PyErr_SetFromErrno(PyExc_OSError);
-		for (Py_ssize_t i = 0; i < crew.count && i < crew.next; i++)
-			close_slots(&crew.runs[i]);
 		goto out;
 	}
 
@@ -689,7 +720,7 @@ static int good_slot(const struct program *program, int16_t slot, int needed)
 }
 
 static const struct needs { uint8_t strings, out, a, b; } needs[CODES] = {
-	[MKDIR] = {1}, [RMDIR] = {1}, [CHOWN] = {1}, [UTIMES] = {1}, [READ_FILE] = {1},
+	[MKDIR] = {1}, [RMDIR] = {1}, [CHOWN] = {1}, [UTIMES] = {1}, [READ_FILE] = {2},
 	[OPEN] = {1, 1}, [OPEN_TREE] = {1, 1}, [MOUNT_SETATTR] = {0, 0, 1}, [MOVE_MOUNT] = {1, 0, 1},
 	[FSOPEN] = {1, 1}, [FSCONFIG_FLAG] = {1, 0, 1}, [FSCONFIG_STRING] = {2, 0, 1}, [FSCONFIG_FD] = {1, 0, 1, 1},
 	[FSCONFIG_CREATE] = {0, 0, 1}, [FSMOUNT] = {0, 1, 1}, [MOUNT] = {2}, [UMOUNT] = {1}, [FCHDIR] = {0, 0, 1},

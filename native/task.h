@@ -17,8 +17,9 @@ struct fm_task {
 /*
  * Starts `function(argument)` in a task made by clone(CLONE_VM | CLONE_FILES | flags): no page table and no
  * descriptor table is copied, so the cost does not grow with the process, and no descriptor of a mount is held a
- * second time (which would make its umount fail with EBUSY). The child sends no signal when it ends, runs with every
- * signal blocked (our handlers must not run there) and dies with the calling thread. It may only make system calls.
+ * second time (which would make its umount fail with EBUSY). The child sends no signal when it ends and runs with every
+ * signal blocked (our handlers must not run there). It may only make system calls. It outlives the calling thread
+ * unless `function` sets PR_SET_PDEATHSIG.
  * Returns 0, or -1 with errno.
  */
 int fm_task_start(struct fm_task *task, int flags, int (*function)(void *), void *argument);

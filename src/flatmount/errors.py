@@ -75,8 +75,9 @@ class TooManyLayers(UsageError):
 class OperationFailed(FlatmountError):
     """One operation of a plan failed; whatever the plan had done before was undone.
 
-    `operation` is the kernel's name of it, `position` its place in the plan from 0, `errno` the kernel's answer,
-    `kernel_message` what the file-system context said, or "".
+    `operation` is the kernel's name of it, `position` its place in the plan from 0 (behind the last one for what is no
+    operation of the plan), `errno` the kernel's answer, `kernel_message` what the file-system context said, or "".
+    `not_undone` says why the undoing failed, or "": something that the plan did is still there then.
     """
 
     def __init__(
@@ -89,11 +90,14 @@ class OperationFailed(FlatmountError):
         total: int,
         kernel_message: str = "",
         hint: str = "",
+        not_undone: str = "",
     ) -> None:
         name = errno_names.errorcode.get(errno, str(errno))
+        place = f"operation {position + 1} of {total}" if position < total else f"beside the plan's {total} operations"
+        left = f"; and undoing failed: {not_undone}" if not_undone else ""
         said = f" (the kernel: {kernel_message})" if kernel_message else ""
         super().__init__(
-            f"{operation} {subject}: {os.strerror(errno)} [{name}]{said}, operation {position + 1} of {total}",
+            f"{operation} {subject}: {os.strerror(errno)} [{name}]{said}, {place}{left}",
             hint=hint or hint_for(operation, errno),
         )
         self.operation = operation
@@ -101,6 +105,7 @@ class OperationFailed(FlatmountError):
         self.errno = errno
         self.position = position
         self.kernel_message = kernel_message
+        self.not_undone = not_undone
 
 
 # (operation, errno) -> what to do. The operation "*" stands for any.

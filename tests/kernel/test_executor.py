@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from flatmount.errors import OperationFailed
 from flatmount.kernel import _native
 from flatmount.kernel.executor import Executable, adopt_thread, run_once
 from flatmount.kernel.mounts import MountEvents, mount_count
+from flatmount.kernel.namespaces import empty_mount_namespace, own_mount_namespace
 from flatmount.plan import MountPlan, Parameter, Slot
 from flatmount.plan import operations as op
 
@@ -168,3 +171,131 @@ def test_many_threads_run_one_program_at_once(ram: Path) -> None:
         thread.join()
     assert not failures
     assert not os.listdir(ram)
+
+
+def test_what_was_done_in_a_helper_namespace_is_undone_there_and_not_at_home(ram: Path) -> None:
+    place = ram / "place"
+    place.mkdir()
+    run_once(MountPlan((op.Mount("ours", str(place), "tmpfs"),)))
+    parents = [str(parent) for parent in reversed(place.parents)][1:]
+    plan = MountPlan(
+        (
+            op.Setns(op.HELPER),
+            *(op.Mkdir(path) for path in (*parents, str(place))),
+            op.Mount("helper", str(place), "tmpfs"),
+            op.Rmdir("/missing"),
+            op.Setns(op.HOME),
+        )
+    )
+    helper, home = empty_mount_namespace(), own_mount_namespace()
+    before = mount_count(), mount_count(namespace_fd=helper.fileno())
+    with pytest.raises(OperationFailed, match="rmdir /missing") as refusal:
+        run_once(plan, {op.HELPER: helper.fileno(), op.HOME: home.fileno()})
+    assert not refusal.value.not_undone
+    assert (mount_count(), mount_count(namespace_fd=helper.fileno())) == before
+    assert place.is_mount()
+
+
+def test_one_job_that_cannot_be_undone_does_not_hide_what_the_others_did(ram: Path) -> None:
+    for name in ("good", "bad", "real", "gone"):
+        (ram / name).mkdir()
+    (ram / "link").symlink_to("real")
+    target: op.Text = (Parameter.TARGET,)
+    many = Executable(MountPlan((op.Mount("x", target, "tmpfs"), op.Rmdir((Parameter.UPPER,)))))
+    # The mount follows the link, its undoing does not.
+    wanted = [("bad", "missing"), ("link", "missing"), ("good", "gone")]
+    jobs = [many.job({}, {Parameter.TARGET: f"{ram}/{a}", Parameter.UPPER: f"{ram}/{b}"}) for a, b in wanted]
+    bad, stuck, good = many.run_many(jobs, at_once=1)
+    assert good.failure is None and (ram / "good").is_mount()
+    assert bad.failure is not None and not bad.failure.not_undone and not (ram / "bad").is_mount()
+    assert stuck.failure is not None and stuck.failure.operation == "rmdir"
+    assert "umount2" in stuck.failure.not_undone and "undoing failed: umount2" in str(stuck.failure)
+    run_once(MountPlan((op.Unmount(f"{ram}/good"), op.Unmount(f"{ram}/real"))))
+
+
+def test_the_user_database_is_read_inside_the_root_alone(ram: Path) -> None:
+    """What is read has a new access time, or less in it; what is not keeps both."""
+    root, host = ram / "root", ram / "host"
+    (root / "etc").mkdir(parents=True)
+    host.mkdir()
+    for path in (host / "passwd", root / "etc/real"):
+        path.write_text("root:x:0:0::/:/bin/sh\n")
+        os.utime(path, (1, 2))
+    (root / "etc/inside").symlink_to("/etc/real")
+    (root / "etc/outside").symlink_to(f"../../../../../../../../../..{host}/passwd")
+    (root / "up").symlink_to(host)
+    os.mkfifo(root / "etc/fifo")
+    fifo = os.open(root / "etc/fifo", os.O_RDWR | os.O_NONBLOCK)
+    os.write(fifo, b"still here")
+    names = ("/etc/outside", "/up/passwd", "/etc/fifo", "/etc/missing", "/etc")
+    run_once(MountPlan(tuple(op.ReadFile(str(root), name) for name in names)))
+    assert (host / "passwd").stat().st_atime == 1
+    assert os.read(fifo, 100) == b"still here"
+    os.close(fifo)
+    run_once(MountPlan((op.ReadFile(str(root), "/etc/inside"),)))
+    assert (root / "etc/real").stat().st_atime != 1
+
+
+REFUSING = """
+import ctypes, os, struct
+from flatmount.errors import OperationFailed
+from flatmount.kernel.executor import Executable
+from flatmount.kernel.namespaces import empty_mount_namespace, own_mount_namespace
+from flatmount.plan import MountPlan, operations as op
+
+CALLS = {"unshare": {"x86_64": 272, "aarch64": 97}, "setns": {"x86_64": 308, "aarch64": 268}}
+
+def refuse(call, argument):
+    # Every such call with that first argument fails with EPERM from now on, in all threads to come as well.
+    rules = [
+        (0x20, 0, 0, 0), (0x15, 0, 3, CALLS[call][os.uname().machine]), (0x20, 0, 0, 16), (0x15, 0, 1, argument),
+        (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *rule) for rule in rules))
+    program = ctypes.create_string_buffer(struct.pack("H6xQ", len(rules), ctypes.addressof(code)))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(22, ctypes.c_ulong(2), program, 0, 0):
+        raise OSError(ctypes.get_errno(), "seccomp")
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd"))
+
+helper, home = empty_mount_namespace(), own_mount_namespace()
+lent = {op.HELPER: helper.fileno(), op.HOME: home.fileno()}
+"""
+
+UNSHARE = """
+refuse("unshare", 0x200)
+plan = Executable(MountPlan((op.Mkdir("/never"), op.Chdir("/"))))
+try:
+    plan.run({}, {})
+except OperationFailed as failure:
+    assert (failure.operation, failure.position) == ("unshare", 2), (str(failure), failure.position)
+    assert "mkdir" not in str(failure) and "EPERM" in str(failure), str(failure)
+else:
+    raise AssertionError("it ran")
+before = descriptors()
+many = Executable(MountPlan((op.Setns(op.HELPER), op.Setns(op.HOME))))
+try:
+    many.run_many([many.job(lent, {})] * 3, at_once=2)
+except PermissionError:
+    assert descriptors() == before, (before, descriptors())
+else:
+    raise AssertionError("it ran")
+"""
+
+SETNS = """
+first_free = os.dup(0)
+os.close(first_free)
+refuse("setns", first_free)
+many = Executable(MountPlan((op.Setns(op.HELPER), op.Rmdir("/missing"))))
+outcomes = many.run_many([many.job({op.HELPER: helper.fileno()}, {})] * 3, at_once=1)
+assert [one.failure.operation for one in outcomes] == ["rmdir", "setns", "setns"], outcomes
+assert [one.done for one in outcomes] == [1, 0, 0], outcomes
+"""
+
+
+@pytest.mark.parametrize("script", [UNSHARE, SETNS], ids=["no thread begins", "a thread is lost half-way"])
+def test_threads_that_the_kernel_refuses_are_named_and_take_nothing_with_them(script: str) -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSING + script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")

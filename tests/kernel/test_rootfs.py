@@ -15,6 +15,7 @@ from flatmount.kernel.namespaces import user_namespace
 from flatmount.kernel.start import check_start
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
+from flatmount.plan.operations import UPPERS
 from flatmount.rootfs.assembler import Assembler, Request, Rootfs
 from flatmount.rootfs.ranges import RangePool
 from flatmount.strategies import Attach, RootDirectory, RootfsSpec, Upper
@@ -147,6 +148,58 @@ def test_the_upper_takes_on_the_root_directorys_attributes(data: Path, facts: Ho
         seen = target.stat()
         assert (seen.st_mode & 0o7777, seen.st_uid, seen.st_gid) == (0o1751, 200005, 200006)
         assert seen.st_mtime_ns == root.mtime_ns
+
+
+@pytest.mark.parametrize("upper", [Upper.STORE, Upper.NONE])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_image_of_one_layer(data: Path, facts: HostFacts, strategy: str, upper: Upper) -> None:
+    target = data.parent / "targets/one"
+    made = assembler(data, facts, strategy, layers=("layers/3",), flat="layers/3", upper=upper)
+    with made.assemble(MAPPING, "one", str(target)) as rootfs:
+        assert (target / "bin/tool").stat().st_uid == 200007
+        assert rootfs.outcome.mount_operations == made.plan.mount_operations
+        if upper is Upper.NONE:
+            with pytest.raises(OSError, match="Read-only"):
+                (target / "new").write_text("")
+    assert not os.listdir(data.parent / "tmp")
+
+
+@pytest.mark.parametrize("newer", [True, False], ids=["as it is", "without lowerdir+"])
+@pytest.mark.parametrize("upper", [Upper.STORE, Upper.ELSEWHERE])
+def test_a_copy_is_found_below_any_path(data: Path, facts: HostFacts, upper: Upper, newer: bool) -> None:
+    facts = dataclasses.replace(facts, lowerdir_append=facts.lowerdir_append and newer)
+    # An upper elsewhere is named by its whole path where the kernel cannot be told otherwise.
+    place = data.parent / ("a:b" if upper is Upper.ELSEWHERE and not facts.lowerdir_append else "a:b," + "x" * 240)
+    place.mkdir()
+    data = data.rename(place / "data")
+    target = data.parent / "root"
+    made = assembler(data, facts, "chown", shifted="flat/1", upper=upper)
+    with made.assemble(MAPPING, "one", str(target)):
+        assert (target / "bin/tool").read_text() == "tool\n"
+        (target / "new").write_text("")
+        assert (Path(made.uppers) / "one/fs/new").exists()
+
+
+def test_a_namespace_that_was_closed_is_made_anew() -> None:
+    first = user_namespace(MAPPING)
+    first.close()
+    second = user_namespace(MAPPING)
+    assert second is not first
+    assert os.readlink(f"/proc/self/fd/{second.fileno()}").startswith("user:")
+    assert user_namespace(MAPPING) is second
+    with pytest.raises(ValueError, match="closed"):
+        first.fileno()
+
+
+def test_closing_a_pool_leaves_what_was_lent(data: Path, facts: HostFacts) -> None:
+    made = assembler(data, facts, "flat", upper=Upper.ELSEWHERE)
+    lent = made._lend(made._pool.get(MAPPING))
+    assert UPPERS in made._executable.needs or not facts.detached_layers
+    upper = lent[-1]
+    made._pool.close()
+    assert os.fstat(upper).st_ino == os.stat(made.uppers).st_ino
+    with made.assemble(MAPPING, "one", str(data.parent / "targets/one")):
+        pass
 
 
 def test_two_maps_in_one_mapping(data: Path, facts: HostFacts) -> None:

@@ -8,7 +8,9 @@ from flatmount.errors import MissingFeature, TooManyLayers, UsageError
 from flatmount.plan import MountPlan, Parameter, as_data, encode, explain, undo
 from flatmount.plan import operations as op
 from flatmount.plan.facts import HostFacts
-from flatmount.strategies import AUTO, STRATEGIES, Attach, RootfsSpec, Upper, choose
+from flatmount.rootfs.assembler import Assembler
+from flatmount.rootfs.ranges import RangePool
+from flatmount.strategies import AUTO, STRATEGIES, Attach, RootfsSpec, Upper, choose, pin
 
 EVERYTHING = HostFacts(**{field.name: True for field in dataclasses.fields(HostFacts)})
 OLD = dataclasses.replace(EVERYTHING, detached_layers=False)
@@ -168,3 +170,55 @@ def test_undoing_after_any_operation_takes_back_every_mount_and_directory(done: 
                 assert path not in mounted
     assert not made
     assert not mounted
+
+
+def test_undoing_takes_back_in_each_namespace_what_was_done_there_and_ends_at_home() -> None:
+    place = (Parameter.RANGE,)
+    undone = undo(pin("/store", OLD, id_mapped=True), 5).operations
+    unmount = op.Unmount(place, op.UnmountFlag.NOFOLLOW)
+    assert undone == (op.Setns(op.HELPER), unmount, op.Rmdir(place, if_empty=True), op.Setns(op.HOME))
+    both = MountPlan((op.Mkdir("/a"), op.Setns(op.HELPER), op.Mkdir("/a"), op.Setns(op.HOME), op.Rmdir("/a")))
+    rmdir = op.Rmdir("/a", if_empty=True)
+    assert undo(both).operations == (op.Setns(op.HELPER), rmdir, op.Setns(op.HOME))
+    assert undo(both, 4).operations == (op.Setns(op.HELPER), rmdir, op.Setns(op.HOME), rmdir)
+
+
+def test_undoing_does_not_unmount_what_only_changed_how_it_propagates() -> None:
+    plan = MountPlan((op.Mount("x", "/a", "tmpfs"), op.Mount("none", "/a", None, op.MountFlag.PRIVATE)))
+    assert undo(plan).operations == (op.Unmount("/a", op.UnmountFlag.NOFOLLOW),)
+
+
+def overlays(plan: MountPlan) -> list[op.Mount]:
+    return [operation for operation in plan.operations if isinstance(operation, op.Mount)]
+
+
+@pytest.mark.parametrize("name", ["per-layer", "common-parent"])
+@pytest.mark.parametrize(("layers", "upper_is_a_lower"), [(1, True), (60, True), (499, True), (500, False)])
+def test_the_first_pass_looks_through_the_upper_where_overlayfs_takes_one_more(
+    name: str, layers: int, upper_is_a_lower: bool
+) -> None:
+    first, second = (overlay.data for overlay in overlays(STRATEGIES[name](spec(layers), EVERYTHING)))
+    through = ("lowerdir=", Parameter.UPPERS, "/", Parameter.UPPER, "/fs:")
+    assert isinstance(first, tuple) and isinstance(second, tuple)
+    assert (first[:5] == through) is upper_is_a_lower
+    assert second[:5] != through
+
+
+@pytest.mark.parametrize("name", ["per-layer", "common-parent"])
+def test_one_read_only_layer_is_bound_with_as_many_mount_operations(name: str) -> None:
+    plan = STRATEGIES[name](spec(1, upper=Upper.NONE), EVERYTHING)
+    assert plan.mount_operations == 7
+    assert [(mount.fstype, mount.flags) for mount in overlays(plan)] == [(None, op.MountFlag.BIND)] * 2
+
+
+@pytest.mark.parametrize("name", ["per-layer", "common-parent"])
+@pytest.mark.parametrize("character", [",", ":", "\\"])
+def test_a_path_that_mount_options_cannot_carry_is_refused_by_its_character(name: str, character: str) -> None:
+    pool = RangePool("/store", EVERYTHING)
+    with pytest.raises(UsageError) as refusal:
+        Assembler(spec(2), name, pool, uppers=f"/st{character}ore/uppers", scratch="/run/s-")
+    assert repr(character) in str(refusal.value) and name in str(refusal.value)
+    with pytest.raises(UsageError):
+        Assembler(spec(2), name, pool, uppers="/uppers", scratch=f"/r{character}n/s-")
+    Assembler(spec(2, upper=Upper.NONE), name, pool, uppers=f"/st{character}ore/uppers", scratch="/run/s-")
+    Assembler(spec(2), "flat", pool, uppers=f"/st{character}ore/uppers", scratch="/run/s-")

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from flatmount.errors import FlatmountError, OperationFailed
+from flatmount.errors import OperationFailed
 from flatmount.kernel import _native
 from flatmount.plan.encode import encode
 from flatmount.plan.explain import kernel_name, subject
@@ -80,8 +80,9 @@ class Executable:
             ids: host ids (fsuid, fsgid, uid, gid) for operations that take them from the run.
 
         Raises:
-            OperationFailed: an operation failed; what the plan had done before is undone. A plan that keeps going
-                does not raise: its outcome carries the first failure.
+            OperationFailed: an operation failed; what the plan had done before is undone (`not_undone` says what
+                stood in the way). A plan that keeps going does not raise: its outcome carries the first failure.
+            OSError: no thread could be had to run it on; nothing was done.
 
         Kernel: 5.2 for the mount API (each operation names its own first version), CAP_SYS_ADMIN.
         """
@@ -116,7 +117,9 @@ class Executable:
 
         Python is out of the way until the last one is done: two Python threads that start containers wait for each
         other's turns at the interpreter, these do not. Outcomes come in the order of the jobs; one that failed is
-        undone and carries its failure.
+        undone and carries its failure, and whether its undoing failed as well.
+
+        Raises: OSError where not one thread could begin; nothing was done then.
         """
         return [
             self._outcome(job, answer) for job, answer in zip(jobs, self._program.run_many(jobs, at_once), strict=True)
@@ -128,19 +131,31 @@ class Executable:
             return Outcome(done, counted, outputs, raw)
         lent, parameters, ids = job
         strings = dict(zip(self._parameters, map(os.fsdecode, parameters), strict=True))
-        failure = self._failure(failed_at, code, message, strings)
         if self.plan.keep_going:
-            return Outcome(done, counted, outputs, raw, failure)
-        descriptors = dict(zip(self._lent, lent, strict=True))
-        left = Executable(undo(self.plan, done)).run(descriptors, strings, ids).failure
-        if left is not None:
-            raise FlatmountError(f"{failure}; and undoing failed: {left}", hint=failure.hint) from failure
-        return Outcome(done, counted, (), raw, failure)
+            return Outcome(done, counted, outputs, raw, self._failure(failed_at, code, message, strings))
+        left = self._take_back(done, dict(zip(self._lent, lent, strict=True)), strings, ids)
+        return Outcome(done, counted, (), raw, self._failure(failed_at, code, message, strings, left))
 
-    def _failure(self, at: int, code: int, message: str, parameters: Mapping[Parameter, str]) -> OperationFailed:
+    def _take_back(
+        self, done: int, lent: Mapping[Slot, int], strings: Mapping[Parameter, str], ids: tuple[int, int, int, int]
+    ) -> str:
+        """Undo the first `done` operations; what stood in the way, or ""."""
+        try:
+            left = Executable(undo(self.plan, done)).run(lent, strings, ids).failure
+        except OSError as error:
+            return str(error)
+        return "" if left is None else str(left)
+
+    def _failure(
+        self, at: int, code: int, message: str, parameters: Mapping[Parameter, str], not_undone: str = ""
+    ) -> OperationFailed:
         operations = self.plan.operations
         if at >= len(operations):
-            return OperationFailed("chdir", "/", code, position=at, total=len(operations))
+            # The executor's own calls around the plan; the message is the call's name.
+            subject_of_ours = "for a thread of the executor"
+            return OperationFailed(
+                message, subject_of_ours, code, position=at, total=len(operations), not_undone=not_undone
+            )
         operation = operations[at]
         return OperationFailed(
             kernel_name(operation),
@@ -149,6 +164,7 @@ class Executable:
             position=at,
             total=len(operations),
             kernel_message=message,
+            not_undone=not_undone,
         )
 
 

@@ -25,11 +25,18 @@ class Namespace:
         self._close = weakref.finalize(self, os.close, fd)
 
     def fileno(self) -> int:
-        """The descriptor; it stays this object's."""
+        """The descriptor; it stays this object's. Raises: ValueError once it is closed: the number may be another's."""
+        if self.closed:
+            raise ValueError("the namespace's descriptor is closed")
         return self._fd
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self._close.alive
+
     def close(self) -> None:
-        """Close the descriptor now instead of when the object is dropped."""
+        """Close the descriptor now instead of when the object is dropped; for those who share it with nobody."""
         self._close()
 
 
@@ -50,15 +57,22 @@ def user_namespace(mapping: Mapping) -> Namespace:
 def user_namespaces(mappings: Sequence[Mapping], *, at_once: int = 1) -> list[Namespace]:
     """As `user_namespace` for each of several mappings, those that must be made `at_once` at a time."""
     with _lock:
-        held = {mapping: namespace for mapping in mappings if (namespace := _user_namespaces.get(mapping)) is not None}
+        held = {mapping: namespace for mapping in mappings if (namespace := _held(mapping)) is not None}
     missing = [mapping for mapping in dict.fromkeys(mappings) if mapping not in held]
     if missing:
         texts = [(_map_text(mapping.uids), _map_text(mapping.gids)) for mapping in missing]
         made = [Namespace(fd) for fd in _native.user_namespaces(texts, at_once)]
         with _lock:
             for mapping, namespace in zip(missing, made, strict=True):
-                held[mapping] = _user_namespaces.setdefault(mapping, namespace)
+                held[mapping] = _held(mapping) or namespace
+                _user_namespaces[mapping] = held[mapping]
     return [held[mapping] for mapping in mappings]
+
+
+def _held(mapping: Mapping) -> Namespace | None:
+    # A closed one stays in the table for as long as somebody keeps the object.
+    known = _user_namespaces.get(mapping)
+    return None if known is None or known.closed else known
 
 
 def _map_text(ranges: tuple[IdRange, ...]) -> bytes:

@@ -143,8 +143,8 @@ def _record(operation: Operation, strings: _Strings, numbers: dict[Slot, int]) -
             s1 = text(path)
         case op.Rmdir(path, if_empty):
             s1, flags = text(path), flags | (_TOLERATE if if_empty else 0)
-        case op.ReadFile(path):
-            s1, flags = text(path), flags | _TOLERATE
+        case op.ReadFile(root, path):
+            s1, s2, flags = text(root), text(path), flags | _TOLERATE
         case op.Chown(path, RunIds()):
             s1, flags = text(path), flags | _RUN_IDS
         case op.Chown(path, (uid, gid)):

@@ -50,6 +50,8 @@ def subject(operation: Operation, values: Values | None = None) -> str:
             return f"{key}={value}"
         case op.FsConfigFlag(_, key):
             return key
+        case op.ReadFile(root, path):
+            return text(root, values) + path
         case op.Mount(source, target, fstype):
             return f"{fstype or 'bind'} {text(source, values)} on {text(target, values)}"
         case op.MoveMount(tree, target):

@@ -111,9 +111,13 @@ class Utimes:
 
 @dataclass(frozen=True, slots=True)
 class ReadFile:
-    """Read a small file and drop what it says, as engines do with the user database; it may be absent."""
+    """Read a small file and drop what it says, as engines do with the user database; it may be absent.
 
-    path: Text
+    `path` is looked up inside `root` and its links lead nowhere else; only a regular file is opened.
+    """
+
+    root: Text
+    path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +238,11 @@ class Setns:
 
 @dataclass(frozen=True, slots=True)
 class AssumeIds:
-    """Take the file-system ids of the container's root, keeping capabilities.
+    """Take the first host ids of the mapping's first ranges as file-system ids, keeping capabilities.
 
-    overlayfs keeps the credentials of its mounter and makes files with them; through an id-mapped upper the host's
-    root has no id (EOVERFLOW), the container's root does.
+    These are the ids of the container's root where the ranges begin at its id 0. overlayfs keeps the credentials of
+    its mounter and makes files with them; through an id-mapped upper the host's root has no id (EOVERFLOW), an id of
+    the mapping has.
     """
 
 

@@ -26,8 +26,18 @@ from flatmount.plan.operations import (
     Unmount,
     UnmountFlag,
 )
-from flatmount.rootfs.ranges import Range, RangePool
-from flatmount.strategies import PINNING, STRATEGIES, Attach, Ids, RootfsSpec, Upper, upper_ids
+from flatmount.rootfs.ranges import Pin, Range, RangePool
+from flatmount.strategies import (
+    BY_OPTIONS,
+    PINNING,
+    STRATEGIES,
+    Attach,
+    Ids,
+    RootfsSpec,
+    Upper,
+    require_plain_paths,
+    upper_ids,
+)
 
 _UNATTACH = Unmount((Parameter.TARGET,), UnmountFlag.NOFOLLOW)
 
@@ -101,7 +111,11 @@ class Assembler:
             uppers: the directory for uppers, absolute; the store's own for Upper.STORE.
             scratch: beginning of temporary names (an existing directory and a prefix), absolute.
             ephemeral: uppers go with their root file systems.
+
+        Raises: UsageError, MissingFeature, TooManyLayers where the strategy cannot build it here.
         """
+        if strategy in BY_OPTIONS:
+            require_plain_paths(strategy, scratch, *([] if spec.upper is Upper.NONE else [uppers]))
         self.spec = spec
         self.strategy = strategy
         self.plan = STRATEGIES[strategy](spec, pool.facts)
@@ -120,6 +134,7 @@ class Assembler:
             undoing.append(Rmdir((Parameter.TARGET,)))
         self._undo = Executable(MountPlan(tuple(undoing), keep_going=True))
         self._writes = spec.upper is not Upper.NONE
+        self._uppers_pin: Pin | None = None
 
     def assemble(self, mapping: Mapping, name: str, target: str = "") -> Rootfs:
         """Build one root file system.
@@ -129,7 +144,8 @@ class Assembler:
             name: the container's name, one path component; its upper's directory is called so.
             target: where to attach, absolute; made by the plan if the specification says so.
 
-        Raises: OperationFailed, with everything undone; MappingError where the image's root has no host id.
+        Raises: OperationFailed, with everything undone; MappingError where the image's root has no host id; UsageError
+        for a name that the strategy cannot pass on.
         """
         asked_ns = perf_counter_ns()
         shared = self._pool.get(mapping)
@@ -152,7 +168,8 @@ class Assembler:
         much as the kernel's part does. Ranges that are not there yet are made first, as many at a time.
 
         Returns, in the order of the requests, what was made; a failure, everything of it undone, in place of what was
-        not. Raises: OSError, OperationFailed, MappingError where a range cannot be made; nothing is assembled then.
+        not. Raises: OSError, OperationFailed, MappingError where a range cannot be made, UsageError for a name that the
+        strategy cannot pass on; nothing is assembled then.
         """
         asked_ns = perf_counter_ns()
         ranges = self._pool.prepare((request.mapping for request in requests), pinned=self.pins, at_once=at_once)
@@ -177,6 +194,8 @@ class Assembler:
         return made
 
     def _job(self, shared: Range, lent: tuple[int, ...], name: str, target: str) -> Job:
+        if self.strategy in BY_OPTIONS:
+            require_plain_paths(self.strategy, name)
         root = self.spec.root
         values = {
             Parameter.TARGET: os.fsencode(target),
@@ -188,7 +207,7 @@ class Assembler:
         if Parameter.LAYERS_AT in self._given:
             values[Parameter.LAYERS_AT] = os.fsencode(shared.layers().place)
         if Parameter.UPPERS_AT in self._given:
-            values[Parameter.UPPERS_AT] = os.fsencode(self._pool.directory(self.uppers).place)
+            values[Parameter.UPPERS_AT] = os.fsencode(self._pinned_uppers().place)
         parameters = tuple([values[parameter] for parameter in self._executable.parameters])
         return lent, parameters, shared.ids(root.uid, root.gid)
 
@@ -199,7 +218,8 @@ class Assembler:
 
     def _after_failure(self, failure: OperationFailed, name: str) -> None:
         # overlayfs may have written into the work directory already, so that the undoing's rmdir could not take it.
-        if self._writes and self.spec.fresh_upper and not _already_there(failure):
+        # Where the undoing itself failed, a mount may still stand on the upper.
+        if self._writes and self.spec.fresh_upper and not _already_there(failure) and not failure.not_undone:
             self._remove_upper(name)
 
     def _lend(self, shared: Range) -> tuple[int, ...]:
@@ -211,8 +231,14 @@ class Assembler:
         if slot is USER_NAMESPACE:
             return shared.namespace.fileno()
         if slot is UPPERS:
-            return self._pool.directory(self.uppers).fd
+            return self._pinned_uppers().fd
         return self._pool.home.lent[slot]
+
+    def _pinned_uppers(self) -> Pin:
+        # Held here: a pool that is closed meanwhile must not take the descriptor from under a run.
+        if self._uppers_pin is None:
+            self._uppers_pin = self._pool.directory(self.uppers)
+        return self._uppers_pin
 
     def take_off(self, rootfs: Rootfs) -> Outcome | None:
         """Undo a root file system of this assembler; see Rootfs.undo."""

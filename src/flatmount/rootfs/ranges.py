@@ -27,20 +27,19 @@ DEFAULT_CAPACITY = 4096
 
 
 class Pin:
-    """A clone of a directory's mount that lives as long as this object. `mount_operations` are those in our helper."""
+    """A clone of a directory's mount that lives as long as this object; an overlay made over it keeps its own.
 
-    __slots__ = ("__weakref__", "_release", "fd", "mount_operations", "place")
+    Whoever lends `fd` to a run holds the object until the run has ended. `mount_operations` are those in our helper.
+    """
+
+    __slots__ = ("__weakref__", "fd", "mount_operations", "place")
 
     def __init__(self, home: Home, outcome: Outcome, place: str) -> None:
         """Take over what a run of `strategies.pin` made at `place` (in the helper namespace, if it is used)."""
         self.fd = outcome.outputs[0]
         self.place = place
         self.mount_operations = outcome.mount_operations
-        self._release = weakref.finalize(self, _let_go, self.fd, home, place if outcome.mount_operations else None)
-
-    def close(self) -> None:
-        """Let go now instead of when the object is dropped; an overlay made over it keeps its own clone."""
-        self._release()
+        weakref.finalize(self, _let_go, self.fd, home, place if outcome.mount_operations else None)
 
 
 class Home:
@@ -116,7 +115,8 @@ class RangePool:
     Makes no mount in the host's table: parents are detached, or attached in a helper namespace of our own. At most
     `capacity` ranges are kept; those used last stay. A range that a live root file system uses lives as long as that.
     `mount_operations` counts those made for ranges so far, in our helper namespace. Safe to use from any number of
-    threads; mounts go to the namespace of the thread that made the pool.
+    threads. With detached layers (Linux 6.15) a root file system is attached in the namespace of the thread that
+    assembles it; where the helper namespace is used, in that of the thread that made the pool.
     """
 
     def __init__(self, data: str, facts: HostFacts, *, capacity: int = DEFAULT_CAPACITY) -> None:
@@ -154,7 +154,8 @@ class RangePool:
     def prepare(self, mappings: Iterable[Mapping], *, pinned: bool = True, at_once: int = 1) -> list[Range]:
         """Make ranges for containers to come, and their parents unless they are not `pinned`; `at_once` at a time.
 
-        Raises: OSError, OperationFailed; nothing that was made is lost then.
+        Raises: OSError, OperationFailed; the ranges that were made are kept then, the parents pinned by this call are
+        let go.
         """
         wanted = list(mappings)
         held = user_namespaces(wanted, at_once=at_once)
@@ -211,9 +212,9 @@ class RangePool:
             return known
 
     def close(self) -> None:
-        """Drop every range and pin now. Root file systems that live keep their own."""
+        """Forget every range and pin. What nobody else holds goes now; root file systems and runs keep their own."""
         with self._lock:
-            self._kept.clear()
+            kept, self._kept = self._kept, OrderedDict()
             directories, self._directories = self._directories, {}
-        for pinned in directories.values():
-            pinned.close()
+        # Out of the lock, as in `get`.
+        del kept, directories

@@ -11,6 +11,7 @@ from flatmount.plan.operations import MountPlan
 from flatmount.strategies import chown, common_parent, detached, flat, per_layer
 from flatmount.strategies.parts import pin, unpin, upper_ids
 from flatmount.strategies.spec import MOST_LOWERS, Attach, Ids, RootDirectory, RootfsSpec, Upper
+from flatmount.strategies.usual import require_plain_paths
 
 Strategy = Callable[[RootfsSpec, HostFacts], MountPlan]
 
@@ -19,6 +20,8 @@ STRATEGIES: dict[str, Strategy] = {
 }
 # Those that share a pinned id-mapped parent between the containers of a range.
 PINNING = (detached.NAME, flat.NAME)
+# Those that put paths into the options of mount(2).
+BY_OPTIONS = (per_layer.NAME, common_parent.NAME)
 AUTO = "auto"
 NAMES = (*STRATEGIES, AUTO)
 
@@ -66,6 +69,7 @@ def choose(name: str, facts: HostFacts, *, flat_ready: bool, layers: int) -> Cho
 
 __all__ = [
     "AUTO",
+    "BY_OPTIONS",
     "MOST_LOWERS",
     "NAMES",
     "PINNING",
@@ -80,6 +84,7 @@ __all__ = [
     "Upper",
     "choose",
     "pin",
+    "require_plain_paths",
     "unpin",
     "upper_ids",
 ]

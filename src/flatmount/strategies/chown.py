@@ -7,6 +7,7 @@ from flatmount.errors import UsageError
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import (
     ROOT,
+    Fchdir,
     FsConfigCreate,
     FsConfigString,
     FsMount,
@@ -14,10 +15,12 @@ from flatmount.plan.operations import (
     MountAttribute,
     MountPlan,
     MountSetattr,
+    Open,
     OpenTree,
     Operation,
     Parameter,
     Slot,
+    Text,
 )
 from flatmount.strategies.parts import OVERLAY_OPTIONS, SOURCE, UPPER_PATH, below, directories, finished
 from flatmount.strategies.spec import Ids, RootfsSpec, Upper
@@ -29,20 +32,39 @@ def build(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
     """Mount a plain overlay over the copy; nothing is id-mapped."""
     if spec.shifted is None:
         raise UsageError("the image has no copy with changed owners for this range", hint="`flatmount mount` makes it")
-    copy = (Parameter.DATA, "/" + spec.shifted)
     operations: list[Operation] = list(directories(spec, Ids.HOST))
     if spec.upper is Upper.NONE:
-        operations += (OpenTree(ROOT, copy), MountSetattr(ROOT, MountAttribute.RDONLY))
+        operations += (OpenTree(ROOT, (Parameter.DATA, "/" + spec.shifted)), MountSetattr(ROOT, MountAttribute.RDONLY))
         return finished(spec, operations)
     context = Slot("overlay")
+    data = Slot("data")
+    to_uppers, upper = _upper(spec, facts)
     operations += (
         FsOpen(context, "overlay"),
         FsConfigString(context, "source", SOURCE),
-        FsConfigString(context, "lowerdir", copy),
-        FsConfigString(context, "upperdir", below(UPPER_PATH, "/fs")),
-        FsConfigString(context, "workdir", below(UPPER_PATH, "/work")),
+        Open(data, (Parameter.DATA,)),
+        Fchdir(data),
+        FsConfigString(context, "lowerdir", spec.shifted),
+        *to_uppers,
+        FsConfigString(context, "upperdir", below(upper, "/fs")),
+        FsConfigString(context, "workdir", below(upper, "/work")),
         *(FsConfigString(context, option, "off") for option in OVERLAY_OPTIONS),
         FsConfigCreate(context),
         FsMount(ROOT, context),
     )
     return finished(spec, operations)
+
+
+def _upper(spec: RootfsSpec, facts: HostFacts) -> tuple[tuple[Operation, ...], Text]:
+    """How to get to the uppers, and the container's from there.
+
+    fsconfig takes strings of 255 bytes, and overlayfs divides `lowerdir` at each colon: paths are named from an open
+    directory, however long and whatever they are called. The parser before 6.5 looks at all of them at the end, from
+    one working directory: an upper outside the store is absolute there.
+    """
+    if spec.upper is Upper.STORE:
+        return (), (f"{spec.uppers}/", Parameter.UPPER)
+    if not facts.lowerdir_append:  # 6.7: where it is, each path is looked at as it comes
+        return (), UPPER_PATH
+    uppers = Slot("uppers' directory")
+    return (Open(uppers, (Parameter.UPPERS,)), Fchdir(uppers)), (Parameter.UPPER,)
