@@ -10,7 +10,7 @@ from typing import Any
 
 from flatmount.errors import UsageError
 from flatmount.plan.mapping import Mapping
-from flatmount.store import Store
+from flatmount.store import Catalogue, Store
 
 DEFAULT_ROOT = "/var/lib/flatmount"
 DEFAULT_RUN = "/run/flatmount"
@@ -28,7 +28,7 @@ def store_root_option(parser: argparse.ArgumentParser) -> None:
         "--root",
         default=os.environ.get("FLATMOUNT_ROOT", DEFAULT_ROOT),
         metavar="DIR",
-        help="the store (default: $FLATMOUNT_ROOT or %(default)s)",
+        help=f"the store (default: $FLATMOUNT_ROOT or {DEFAULT_ROOT})",
     )
 
 
@@ -55,12 +55,27 @@ def mapping_of(args: argparse.Namespace) -> Mapping:
 
 def open_store(args: argparse.Namespace, *, create: bool = False) -> Store:
     """Open the store that `--root` names; `create` makes it where there is none."""
-    return Store.open(os.path.abspath(args.root), create=create)
+    return Store.open(root_directory(args), create=create)
+
+
+def look_at_store(args: argparse.Namespace) -> Store | Catalogue:
+    """The store that `--root` names, for looking: its catalogue where it is another user's."""
+    root = root_directory(args)
+    base = os.path.join(root, "v1")
+    if os.path.isdir(base) and not (os.access(base, os.R_OK) and os.access(os.path.join(base, "data"), os.R_OK)):
+        return Catalogue.open(root)
+    return open_store(args)
+
+
+def root_directory(args: argparse.Namespace) -> str:
+    """The directory that `--root` names, without symbolic links: what the kernel's mount table calls it."""
+    root: str = args.root
+    return os.path.realpath(root)
 
 
 def run_directory() -> str:
-    """Where records of live mounts are: $FLATMOUNT_RUN or /run/flatmount."""
-    return os.environ.get("FLATMOUNT_RUN", DEFAULT_RUN)
+    """Where records of live mounts are: $FLATMOUNT_RUN or /run/flatmount, without symbolic links."""
+    return os.path.realpath(os.environ.get("FLATMOUNT_RUN", DEFAULT_RUN))
 
 
 def print_json(verb: str, facts: dict[str, Any], *, version: int = 1) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from flatmount.cli import flatten, image_demo, image_pull
-from flatmount.cli.common import open_store, print_json, size, store_options
+from flatmount.cli.common import look_at_store, open_store, print_json, size, store_options
 from flatmount.cli.flatten import flatten_when, when_option
 from flatmount.cli.store import add_export
 from flatmount.errors import EXIT_FINE
-from flatmount.store import Progressed, Store, StoredImage
+from flatmount.store import Catalogue, Progressed, Store, StoredImage
 
 _EXAMPLES = """examples:
   flatmount image import ./layout --name web     an OCI image layout: a directory or a tar archive
@@ -94,7 +94,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with look_at_store(args) as store:
         images = [facts(image) for image in store.images()]
     if args.json:
         print_json("image-list", {"images": images})
@@ -108,7 +108,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    with open_store(args) as store:
+    with look_at_store(args) as store:
         image = store.image(args.image)
         detail = facts(image) | _detail(store, image)
     if args.json:
@@ -119,16 +119,17 @@ def _show(args: argparse.Namespace) -> int:
     print(f"{'root':<12}mode {image.root.mode:04o}, owner {image.root.uid}:{image.root.gid}")
     print(f"{'uids':<12}{_spans(image.owners.uids)}")
     print(f"{'gids':<12}{_spans(image.owners.gids)}")
-    print(f"{'held by':<12}{', '.join(detail['holders']) or 'nobody'}")
+    if detail["holders"] is not None:
+        print(f"{'held by':<12}{', '.join(detail['holders']) or 'nobody'}")
     print(f"{'files':<12}{image.files}, {size(detail['size_bytes'])} in {len(image.layers)} layers")
     rows = [(layer.path, layer.diff_id[7:19], str(layer.entries), size(layer.size_bytes)) for layer in image.layers]
     _table(("LAYER", "DIFF ID", "ENTRIES", "SIZE"), rows)
     return EXIT_FINE
 
 
-def _detail(store: Store, image: StoredImage) -> dict[str, Any]:
+def _detail(store: Store | Catalogue, image: StoredImage) -> dict[str, Any]:
     config = image.config
-    return {
+    detail = {
         "platform": "/".join(part for part in (config.os, config.architecture, config.variant) if part),
         "user": config.user or None,
         "env": list(config.env),
@@ -144,12 +145,15 @@ def _detail(store: Store, image: StoredImage) -> dict[str, Any]:
             "mtime_ns": image.root.mtime_ns,
         },
         "owners": {"uids": [list(span) for span in image.owners.uids], "gids": [list(s) for s in image.owners.gids]},
-        "holders": [holder.holder for holder in store.holders() if holder.digest == image.digest],
         "layer_list": [
             {"diff_id": layer.diff_id, "path": layer.path, "entries": layer.entries, "size_bytes": layer.size_bytes}
             for layer in image.layers
         ],
     }
+    if isinstance(store, Catalogue):
+        # Not empty but unknown: an image's configuration is its store's owner's.
+        return detail | dict.fromkeys(("user", "env", "entrypoint", "cmd", "workdir", "holders"))
+    return detail | {"holders": [holder.holder for holder in store.holders() if holder.digest == image.digest]}
 
 
 def _remove(args: argparse.Namespace) -> int:

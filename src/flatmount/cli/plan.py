@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 
-from flatmount.cli.common import map_options, mapping_of, open_store, print_json, store_options
+from flatmount.cli.common import look_at_store, map_options, mapping_of, print_json, store_options
 from flatmount.errors import EXIT_FINE
 from flatmount.plan import Parameter, as_data, explain
 from flatmount.rootfs.image import NEWEST, choose_for, probe_store
-from flatmount.store import Store, StoredImage
+from flatmount.store import Catalogue, Store, StoredImage
 from flatmount.strategies import (
     AUTO,
     NAMES,
@@ -42,13 +42,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _run(args: argparse.Namespace) -> int:
     mapping = mapping_of(args)
-    with open_store(args) as store:
+    with look_at_store(args) as store:
         image = store.image(args.image)
         image.owners.require(mapping)
-        probed = os.geteuid() == 0
-        facts = probe_store(store).facts if probed else NEWEST
+        may_probe = store if isinstance(store, Store) and os.geteuid() == 0 else None
+        probed = may_probe is not None
+        facts = probe_store(may_probe).facts if may_probe is not None else NEWEST
         choice = choose_for(args.strategy, image, facts)
-        plan = STRATEGIES[choice.name](_specification(image, choice, read_only=args.read_only), facts)
+        plan = STRATEGIES[choice.name](_specification(store, image, choice, read_only=args.read_only), facts)
         once = pin((Parameter.DATA,), facts, id_mapped=True)
         values = _values(store)
     shared = once.operations if choice.name in PINNING else ()
@@ -78,16 +79,16 @@ def _run(args: argparse.Namespace) -> int:
     return EXIT_FINE
 
 
-def _specification(image: StoredImage, choice: Choice, *, read_only: bool) -> RootfsSpec:
+def _specification(store: Store | Catalogue, image: StoredImage, choice: Choice, *, read_only: bool) -> RootfsSpec:
     """As for a mount, but without making a flat tree or a copy that is not there yet."""
     return RootfsSpec(
         layers=tuple(layer.path for layer in image.layers),
-        flat="flat/N",
+        flat=store.flat_tree(image) or "flat/N",
         shifted="shifted/N",
         upper=Upper.NONE if read_only else Upper.STORE,
         root=RootDirectory(image.root.mode, image.root.uid, image.root.gid, image.root.mtime_ns),
     )
 
 
-def _values(store: Store) -> dict[Parameter, str]:
+def _values(store: Store | Catalogue) -> dict[Parameter, str]:
     return {Parameter.DATA: store.data, Parameter.UPPERS: os.path.join(store.data, "uppers"), Parameter.UPPER: "ID"}

@@ -1,5 +1,6 @@
 """Images on disk: layers, the flat trees made of them, and who uses which."""
 
+from flatmount.store.catalogue import Catalogue
 from flatmount.store.fsck import Checked, Finding, Part
 from flatmount.store.importing import Progress, Progressed
 from flatmount.store.model import (
@@ -14,6 +15,7 @@ from flatmount.store.repair import Repair
 from flatmount.store.store import Store
 
 __all__ = [
+    "Catalogue",
     "Checked",
     "Finding",
     "Holder",

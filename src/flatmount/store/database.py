@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from flatmount.errors import StoreError
+from flatmount.store.reserve import Reserve
 
 SCHEMA: Final = 3
 _BUSY_S: Final = 60.0
+_FREE_SPACE: Final = "free space or inodes on its file system and try again; nothing was changed"
 
 # One script for each version. A number names a tree for ever: `numbers` only counts up, so that a path that
 # somebody remembers never means another tree. `parent_chain` is set for a layer whose tree depends on what
@@ -113,12 +115,16 @@ _MIGRATIONS: Final = (
 class Database:
     """One connection, for any number of threads one after the other."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, reserve: Reserve | None = None) -> None:
+        """Open the book at `path`. On a full disk it gives `reserve` back, and without one can only be read."""
         self.path = path
         self._lock = threading.RLock()
+        self._reserve = reserve
+        self._reserve_taken = False
+        self._only_read: str | None = None
         self.schema = SCHEMA
         try:
-            self._connection = self._connect("mode=rw") if os.access(path, os.W_OK) else self._connect_reading()
+            self._connection = self._open_book()
             found = self._version()
             if found > SCHEMA:
                 self.schema = found
@@ -128,31 +134,48 @@ class Database:
                 self._migrate()
         except sqlite3.Error as error:
             raise StoreError(f"{path} cannot be opened: {error}", hint="is it the state of a store?") from error
+        self._keep_reserve()
 
     @classmethod
-    def create(cls, path: str) -> Database:
+    def create(cls, path: str, *, reserve: Reserve | None = None) -> Database:
         """Make the file, readable for its owner only, where there is none, and open it."""
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        return cls(path)
+        return cls(path, reserve=reserve)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the connection, and set the reserve aside again that was given back."""
         with self._lock:
             self._connection.close()
+        if self._reserve is not None and self._reserve_taken:
+            self._reserve.keep(again=True)
+        else:
+            self._keep_reserve()
 
     @property
     def newer(self) -> bool:
         """Whether a newer flatmount wrote this store, which is then read and never written."""
         return self.schema > SCHEMA
 
+    @property
+    def writable(self) -> bool:
+        """Whether it can be written: it is not a newer one, and its disk is not so full that it can only be read."""
+        return not self.newer and self._only_read is None
+
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Write: all of it, on disk when the block is left, or nothing. Raises: StoreError."""
+    def transaction(self, *, growing: bool = False) -> Iterator[sqlite3.Connection]:
+        """Write: all of it, on disk when the block is left, or nothing. Raises: StoreError.
+
+        On a disk as good as full the reserve is given back first; not for what is `growing`, which would only eat it.
+        """
         if self.newer:
             raise StoreError(
                 f"the store was written by a newer flatmount (schema {self.schema}, this one knows {SCHEMA})",
                 hint="it can be read but not changed; use the newer flatmount",
             )
+        if self._only_read is not None:
+            raise StoreError(f"{self.path} can only be read: {self._only_read}", hint=_FREE_SPACE)
+        if not growing:
+            self._give_reserve_if_low()
         with self._lock, self._told():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -178,7 +201,7 @@ class Database:
 
     def next_numbers(self, count: int) -> range:
         """Numbers that no tree of this store has had or will have."""
-        with self.transaction() as db:
+        with self.transaction(growing=True) as db:
             (last,) = db.execute("UPDATE numbers SET last = last + ? RETURNING last", (count,)).fetchone()
         return range(int(last) - count + 1, int(last) + 1)
 
@@ -195,17 +218,37 @@ class Database:
         try:
             yield
         except sqlite3.Error as error:
-            full = "full" in str(error)
-            hint = "free space there and try again; nothing was changed" if full else "another process may hold it"
+            hint = _FREE_SPACE if _wants_room(error) else "another process may hold it"
             raise StoreError(f"{self.path}: {error}", hint=hint) from error
+
+    def _open_book(self) -> sqlite3.Connection:
+        if not os.access(self.path, os.W_OK):
+            return self._connect_reading()
+        self._give_reserve_if_low()
+        try:
+            return self._connect("mode=rw")
+        except sqlite3.OperationalError as error:
+            if not _wants_room(error):
+                raise
+            connection = self._connect_reading()
+            self._only_read = str(error)
+            return connection
+
+    def _give_reserve_if_low(self) -> None:
+        if self._reserve is not None and self._reserve.release_if_low():
+            self._reserve_taken = True
+
+    def _keep_reserve(self) -> None:
+        if self._reserve is not None and self.writable and os.access(self.path, os.W_OK):
+            self._reserve.keep()
 
     def _connect_reading(self) -> sqlite3.Connection:
         try:
             return self._connect("mode=ro")
         except sqlite3.OperationalError:
-            # A read-only file system: readers of a WAL database want to make its -shm file, unless they are told
-            # that nobody writes. Without a -wal file everything is in the database itself.
-            if os.path.exists(f"{self.path}-wal"):
+            # A read-only or a full file system: readers of a WAL database want to make its -shm file, unless they are
+            # told that nobody writes. Without anything in a -wal file everything is in the database itself.
+            if self._log_bytes():
                 raise
             return self._connect("mode=ro&immutable=1")
 
@@ -228,6 +271,12 @@ class Database:
             raise
         return connection
 
+    def _log_bytes(self) -> int:
+        try:
+            return os.stat(f"{self.path}-wal").st_size
+        except FileNotFoundError:
+            return 0
+
     def _version(self) -> int:
         row: tuple[Any] = self._connection.execute("PRAGMA user_version").fetchone()
         return int(row[0])
@@ -238,6 +287,12 @@ class Database:
                 for statement in filter(str.strip, _MIGRATIONS[version].split(";")):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {version + 1}")
+
+
+def _wants_room(error: sqlite3.Error) -> bool:
+    """Whether SQLite says so of a disk without blocks (its files cannot grow) or inodes (they cannot be made)."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 
 
 def _quoted(path: str) -> str:

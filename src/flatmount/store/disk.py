@@ -8,6 +8,8 @@
         staging/N trash/             not yet and no longer visible
     ROOT/v1/entries/N       what was unpacked into layers/N
     ROOT/v1/entries/N.tar   the archive of layers/N without its contents
+    ROOT/v1/catalogue       0644, what everybody may know; see flatmount.store.catalogue
+    ROOT/v1/reserve/        room for the book on a full disk; see flatmount.store.reserve
     ROOT/v1/lock            held shared by whoever has something in staging, exclusively by whoever sweeps
     ROOT/v1/build.lock      held by whoever builds a flat or shifted tree
 

@@ -40,7 +40,7 @@ class Owners:
                 covered = ",".join(map(str, ranges))
                 raise MappingError(
                     f"the mapping {covered} has no host {kind} for the image's {kind} {missing}",
-                    hint=f"use a mapping that reaches {kind} {spans[-1][1]}",
+                    hint=_wider(kind, missing, spans[-1][1], ranges),
                 )
 
     def union(self, other: Owners) -> Owners:
@@ -97,6 +97,11 @@ class Holder:
     holder: str
     digest: str
     since_ns: int
+
+
+def _wider(kind: str, missing: int, last: int, ranges: tuple[IdRange, ...]) -> str:
+    text = f"use a mapping that covers {kind} {missing}"
+    return text if missing == last or _uncovered((last, last), ranges) is None else f"{text} and reaches {kind} {last}"
 
 
 def merge(spans: Iterable[Span]) -> tuple[Span, ...]:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from typing import Self
 
-from flatmount.errors import FlatmountError, InUse, StoreError, UnknownImage, UsageError, from_os_error
+from flatmount.errors import FlatmountError, InUse, StoreError, UnknownImage, from_os_error
 from flatmount.image import ImageSource, open_source
 from flatmount.image import digest as digests
 from flatmount.image.layout_writer import LayoutWriter
 from flatmount.image.model import image_config
 from flatmount.kernel.tree import Flattened, RemovedTree, copy_tree, flatten
 from flatmount.plan.mapping import Mapping
+from flatmount.store.catalogue import publish
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
 from flatmount.store.exporting import Told, export_images
@@ -24,10 +24,9 @@ from flatmount.store.fsck import Checked, Finding, Report, check
 from flatmount.store.importing import Progress, import_image
 from flatmount.store.model import Holder, Owners, Removed, RootAttributes, Span, StoredImage, StoredLayer
 from flatmount.store.ranges import Ranges
+from flatmount.store.references import check_name, digest_prefix, resolve
 from flatmount.store.repair import Repair, repair
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@+-]{0,254}\Z")
-_DIGEST_PREFIX = re.compile(r"(?:sha256:)?[0-9a-f]{4,64}\Z")
+from flatmount.store.reserve import Reserve
 
 
 class Store:
@@ -54,7 +53,8 @@ class Store:
         try:
             if not create and not os.path.exists(path):
                 raise StoreError(f"there is no store at {root}", hint="import an image first, or name another --root")
-            store = cls(disk, Database.create(path) if create else Database(path))
+            reserve = Reserve(disk.base)
+            store = cls(disk, Database.create(path, reserve=reserve) if create else Database(path, reserve=reserve))
         except OSError as error:
             disk.close()
             raise from_os_error(error, "open the store") from error
@@ -62,6 +62,7 @@ class Store:
             disk.close()
             raise
         store._sweep()
+        store._publish()
         return store
 
     def __enter__(self) -> Self:
@@ -121,6 +122,7 @@ class Store:
             import_image(self._disk, self._database, image, name, progress)
         elif name is not None:
             self._rename(digest, name)
+        self._publish()
         with self._database.reading() as db:
             return self._load(db, digest, name)
 
@@ -152,17 +154,18 @@ class Store:
             with self._database.transaction() as db:
                 digest, name = self._resolve(db, reference)
                 names = tuple(row[0] for row in db.execute("SELECT name FROM names WHERE image = ?", (digest,)))
-                by_name = name == reference
-                if by_name and len(names) > 1:
+                only_name = name == reference and len(names) > 1
+                if only_name:
                     db.execute("DELETE FROM names WHERE name = ?", (name,))
-                    return Removed((reference,), (), 0, 0, 0)
-                self._refuse_held(db, digest, reference)
-                db.execute("DELETE FROM images WHERE digest = ?", (digest,))
-                trees = _unused(db)
-            return self._take_away(names, (digest,), trees)
+                else:
+                    self._refuse_held(db, digest, reference)
+                    db.execute("DELETE FROM images WHERE digest = ?", (digest,))
+                trees = [] if only_name else _unused(db)
+            return self._take_away((reference,) if only_name else names, () if only_name else (digest,), trees)
 
     def _take_away(self, names: tuple[str, ...], images: tuple[str, ...], trees: list[str]) -> Removed:
         """What the book no longer knows. A kill from here on leaves it to the next sweep."""
+        self._publish()
         gone = [RemovedTree(0, 0)]
         try:
             for tree in trees:
@@ -302,6 +305,7 @@ class Store:
             if isinstance(error, OSError):
                 raise from_os_error(error, f"build the {kind} tree of {image.digest}:") from error
             raise
+        self._publish()
         return f"{kind}/{number}"
 
     # Leases.
@@ -353,7 +357,9 @@ class Store:
 
     def repair(self, findings: Sequence[Finding], sources: Sequence[ImageSource] = ()) -> tuple[Repair, ...]:
         """Put right what `check` found; see flatmount.store.repair. `sources` stay the caller's."""
-        return repair(self._disk, self._database, findings, sources)
+        done = repair(self._disk, self._database, findings, sources)
+        self._publish()
+        return done
 
     def unused_images(self) -> tuple[StoredImage, ...]:
         """Images that have no name and that nobody holds: what `collect` takes away."""
@@ -378,7 +384,7 @@ class Store:
 
     def _sweep(self) -> None:
         """What cannot be swept now, for want of rights or because somebody works, waits for the next one."""
-        if self._database.newer or not os.access(self._disk.base, os.W_OK):
+        if not self._may_write():
             return
         try:
             with self._disk.alone() as alone:
@@ -388,6 +394,14 @@ class Store:
             self.close()
             raise from_os_error(error, "look through the store:") from error
 
+    def _may_write(self) -> bool:
+        return self._database.writable and os.access(self._disk.base, os.W_OK)
+
+    def _publish(self) -> None:
+        """What others may know of the store is as the book has it."""
+        if self._may_write():
+            publish(self._disk.base, self._database, self.images)
+
     def _rename(self, digest: str, name: str) -> None:
         with self._database.transaction() as db:
             db.execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (name, digest))
@@ -396,17 +410,9 @@ class Store:
         row = db.execute("SELECT image FROM names WHERE name = ?", (reference,)).fetchone()
         if row is not None:
             return str(row[0]), reference
-        if not _DIGEST_PREFIX.match(reference):
-            raise UnknownImage(f"there is no image {reference!r}", hint="`flatmount image list` shows what there is")
-        prefix = f"sha256:{reference.removeprefix('sha256:')}"
-        rows = db.execute(
-            "SELECT digest FROM images WHERE substr(digest, 1, ?) = ? LIMIT 2", (len(prefix), prefix)
-        ).fetchall()
-        if not rows:
-            raise UnknownImage(f"there is no image {reference!r}", hint="`flatmount image list` shows what there is")
-        if len(rows) > 1:
-            raise UnknownImage(f"{reference!r} begins more than one digest", hint="give more of it")
-        digest = str(rows[0][0])
+        prefix = digest_prefix(reference)
+        rows = db.execute("SELECT digest FROM images WHERE substr(digest, 1, ?) = ? LIMIT 2", (len(prefix), prefix))
+        digest = resolve(reference, {str(found): str(found) for (found,) in rows.fetchall()})
         named = db.execute("SELECT name FROM names WHERE image = ? ORDER BY name LIMIT 1", (digest,)).fetchone()
         return digest, None if named is None else str(named[0])
 
@@ -443,15 +449,6 @@ _UNUSED_IMAGES = """
     SELECT digest FROM images
     WHERE digest NOT IN (SELECT image FROM names UNION SELECT image FROM leases) ORDER BY imported_ns, digest
 """
-
-
-def check_name(name: str) -> None:
-    """Raises: UsageError for what cannot be an image's name, a digest among them."""
-    if not _NAME.match(name) or _DIGEST_PREFIX.match(name) or name.startswith("sha256:"):
-        raise UsageError(
-            f"{name[:100]!r} cannot be an image's name",
-            hint="use letters, digits and ._/:@+-, and nothing that looks like a digest",
-        )
 
 
 def _usable(name: str | None) -> str | None:
