@@ -62,7 +62,7 @@ def _columns(report: StormReport, outcome: Summary) -> list[_Column]:
         _Column("failed", "", lambda entry: f"{entry.failed:,}", colour=lambda entry: _RED if entry.failed else ""),
         _Column("mount ops", "each", lambda entry: f"{entry.operations_per_container:,}", 2),
         _Column("table", "mounts", lambda entry: f"+{entry.table_growth.median:,.0f}", 4),
-        _Column("probe p99", "ms", lambda entry: _median(entry.probe_p99_ms), 5),
+        _Column("probe p99", "ms", lambda entry: _quotable(entry.quotable_probe_ms), 5),
     ]
     if report.settings.watchers:
         columns.append(_Column("watchers", "CPU s", lambda entry: _median(entry.watchers_cpu_s), 7))
@@ -145,6 +145,10 @@ def _planned(run: RunResult) -> int:
 
 def _median(spread: Spread | None) -> str:
     return figure(spread.median) if spread else "–"
+
+
+def _quotable(value: float | None) -> str:
+    return figure(value) if value is not None else "–"
 
 
 def _range(spread: Spread | None) -> str:

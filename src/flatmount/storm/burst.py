@@ -118,6 +118,10 @@ def undo_burst(burst: Burst, pool: RangePool, *, concurrency: int) -> tuple[dict
                 with lock:
                     problems.append(str(error))
                 continue
+            except OSError as error:
+                with lock:
+                    problems.append(str(from_os_error(error, f"undo {one.container.name}:")))
+                continue
             pool.drop(one.container.mapping)
             with lock:
                 took[one.container.name] = time.perf_counter_ns() - begun

@@ -26,6 +26,7 @@ from flatmount.store import Store, StoredImage
 from flatmount.storm.burst import Burst, run_burst, undo_burst
 from flatmount.storm.containers import MOST_CONTAINERS, Container, containers, image_files
 from flatmount.storm.host import now_utc, this_host
+from flatmount.storm.limits import allow_descriptors
 from flatmount.storm.probe import HealthProbe
 from flatmount.storm.results import (
     ContainerTimes,
@@ -86,10 +87,11 @@ def run_storm(
     Raises: FlatmountError; Interrupted.
     """
     _check(settings)
+    allow_descriptors(settings.containers, settings.concurrency, layers=len(image.layers))
     taken_at = now_utc()
     if not settings.on_host:
         enter_private_mounts()
-    elsewhere = () if uppers is None else (os.path.join(os.path.abspath(uppers), owned_name("flatmount-storm")),)
+    elsewhere = () if uppers is None else (os.path.join(os.path.realpath(uppers), owned_name("flatmount-storm")),)
     with ExitStack() as stack:
         stop = stack.enter_context(stoppable())
         place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
@@ -124,9 +126,15 @@ def rotated(names: tuple[str, ...], by: int) -> tuple[str, ...]:
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """SIGINT and SIGTERM ask the storm to stop; it then undoes what stands, which an exception could cut short."""
+    """SIGINT, SIGTERM and SIGHUP ask the storm to stop; it then undoes what stands, which an exception could cut short.
+
+    A SIGHUP that is ignored (nohup) stays ignored.
+    """
     stop = Stop()
-    before = {number: signal.signal(number, stop.on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, stop.on_signal) for number in numbers}
     try:
         yield stop
     finally:

@@ -29,6 +29,7 @@ from flatmount.storm.engines.own import FlatmountEngine
 from flatmount.storm.engines.podman import PodmanEngine
 from flatmount.storm.engines.runc import RuncEngine
 from flatmount.storm.host import now_utc, this_host
+from flatmount.storm.limits import allow_descriptors
 from flatmount.storm.probe import HealthProbe
 from flatmount.storm.results import ImageFacts, LatencyMs, ProbeMs
 from flatmount.storm.starts_results import Skipped, StartSettings, StartsReport, WaveResult
@@ -64,6 +65,8 @@ def run_starts(
     Raises: FlatmountError; Interrupted.
     """
     _check(settings)
+    standing = settings.containers * (settings.waves if settings.hold else 1)
+    allow_descriptors(standing, settings.concurrency, layers=len(image.layers))
     taken_at = now_utc()
     if not settings.on_host:
         enter_private_mounts()
