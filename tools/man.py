@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flatmount import VERSION
-from flatmount.cli.main import parser
+from flatmount.cli.main import EXIT_CODES, parser
 
 PAGE = Path(__file__).parents[1] / "docs" / "man" / "flatmount.1"
 
@@ -78,7 +78,7 @@ def page() -> str:
         parts += command_section(verb, command)
     parts += [
         ".SH EXIT STATUS",
-        roff((top.epilog or "").removeprefix("exit codes: ")),
+        roff(EXIT_CODES),
         ".SH FILES",
         ".TP\n.I /var/lib/flatmount\nthe store; another by \\-\\-root or FLATMOUNT_ROOT",
         ".TP\n.I /run/flatmount\nrecords of live mounts and workplaces; another by FLATMOUNT_RUN",

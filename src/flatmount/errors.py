@@ -108,6 +108,9 @@ class OperationFailed(FlatmountError):
         self.not_undone = not_undone
 
 
+# What `from_os_error` is told was attempted where ENOSPC is a limit and not a disk.
+MAKE_USER_NAMESPACE = "make a user namespace"
+
 # (operation, errno) -> what to do. The operation "*" stands for any.
 _HINTS: dict[tuple[str, int], str] = {
     ("*", errno_names.EPERM): "run as root: mounts need CAP_SYS_ADMIN in the initial user namespace",
@@ -122,6 +125,14 @@ _HINTS: dict[tuple[str, int], str] = {
     ("*", errno_names.EROFS): "the file system is read-only: remount it, or name another place",
     ("mkdir", errno_names.ENOSPC): "free space or inodes on the uppers' file system",
     ("mkdir", errno_names.EEXIST): "it is already there: name another id, or undo the earlier mount",
+    (
+        MAKE_USER_NAMESPACE,
+        errno_names.ENOSPC,
+    ): "raise user.max_user_namespaces: each user range in use counts against it",
+    (
+        MAKE_USER_NAMESPACE,
+        errno_names.EPERM,
+    ): "run as root, and look whether a security module denies user namespaces",
     ("open_tree", errno_names.ENOSPC): "raise user.max_mnt_namespaces: each detached mount counts against it",
     ("open_tree", errno_names.ENOENT): "the store is damaged, or the directory was removed meanwhile",
     ("fsmount", errno_names.ENOSPC): "raise user.max_mnt_namespaces: each detached mount counts against it",
@@ -155,8 +166,10 @@ def from_os_error(error: OSError, attempted: str) -> FlatmountError:
     code = error.errno or errno_names.EIO
     where = f" {os.fsdecode(error.filename)}" if error.filename else ""
     name = errno_names.errorcode.get(code, str(code))
-    kind = StoreError if code in (errno_names.ENOSPC, errno_names.EDQUOT, errno_names.EROFS) else FlatmountError
-    hint = hint_for("mkdir" if code == errno_names.ENOSPC else attempted, code)
-    if code == errno_names.ENOSPC:
+    on_disk = attempted != MAKE_USER_NAMESPACE
+    storage = on_disk and code in (errno_names.ENOSPC, errno_names.EDQUOT, errno_names.EROFS)
+    kind = StoreError if storage else FlatmountError
+    hint = hint_for(attempted, code)
+    if storage and code == errno_names.ENOSPC:
         hint = "free space or inodes there and try again; nothing half-written was kept"
     return kind(f"{attempted}{where}: {os.strerror(code)} [{name}]", hint=hint)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from flatmount import VERSION
+from flatmount.cli.common import DEFAULT_ROOT, DEFAULT_RUN
 from flatmount.errors import EXIT_FAILED, EXIT_USAGE, FlatmountError, from_os_error
 
 # In the order in which `--help` shows them: look first, then images, then mounts, then measuring.
@@ -41,13 +42,22 @@ _VERBS = (
     "config",
 )
 
+EXIT_CODES = "0 fine, 1 a finding or a failed operation, 2 usage or a bad reference"
+_EPILOG = f"""environment:
+  FLATMOUNT_ROOT   the store, where --root is not given (default: {DEFAULT_ROOT})
+  FLATMOUNT_RUN    records of live mounts and workplaces (default: {DEFAULT_RUN})
+
+exit codes: {EXIT_CODES}
+"""
+
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line; each verb's module adds its own part."""
     top = argparse.ArgumentParser(
         prog="flatmount",
         description="Container root file systems with a constant number of mounts.",
-        epilog="exit codes: 0 fine, 1 a finding or a failed operation, 2 usage or a bad reference",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"flatmount {VERSION}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")

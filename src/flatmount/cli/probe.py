@@ -6,7 +6,7 @@ import argparse
 import os
 import tempfile
 
-from flatmount.cli.common import print_json, store_options
+from flatmount.cli.common import print_json, root_directory, store_options
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, FlatmountError
 from flatmount.kernel.probes import Probes, probe
 from flatmount.strategies import AUTO, choose
@@ -26,7 +26,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def _run(args: argparse.Namespace) -> int:
-    probes = _probe_at(os.path.abspath(args.root))
+    probes = _probe_at(root_directory(args))
     try:
         choice = choose(AUTO, probes.facts, flat_ready=True, layers=1)
         strategy, reason = choice.name, choice.reason

@@ -6,7 +6,7 @@ import argparse
 import os
 from dataclasses import replace
 
-from flatmount.cli.common import run_directory, store_root_option
+from flatmount.cli.common import root_directory, run_directory, store_root_option
 from flatmount.config import LOG_LEVELS, SNAPSHOT_FORMS, load
 from flatmount.errors import MissingFeature
 from flatmount.rootfs.image import require_root
@@ -42,9 +42,9 @@ def _run(args: argparse.Namespace) -> int:
         raise MissingFeature(
             f"the snapshotter needs the package {error.name}", hint="install flatmount[snapshotter]"
         ) from None
-    run_at = os.path.abspath(run_directory())
+    run_at = run_directory()
     place = Place(
-        root=os.path.abspath(args.root),
+        root=root_directory(args),
         run=run_at,
         socket=os.path.abspath(args.socket or os.path.join(run_at, "snapshotter.sock")),
     )

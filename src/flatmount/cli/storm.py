@@ -27,6 +27,15 @@ from flatmount.strategies import AUTO, choose
 COMPARED = ("per-layer", "common-parent", "detached", "flat")
 DEMO = "demo"
 DEMO_LAYERS = 60
+_DESCRIPTION = """\
+Assemble the root file systems of many containers of one image at once, each with user ids of its own, by each
+strategy in turn; read a file and write one inside each before it counts as started. Runs in a mount namespace of its
+own. Without IMAGE it takes the demo image, and makes it if need be.
+"""
+_EXAMPLES = """examples:
+  flatmount storm demo --containers 200 --html storm.html
+  flatmount storm demo --copies 2 --watchers 2 --background 1000
+"""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,11 +43,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "storm",
         help="start many containers at once by each strategy, and measure",
-        description="Assemble the root file systems of many containers of one image at once, each with user ids of its "
-        "own, by each strategy in turn; read a file and write one inside each before it counts as started. Runs in a "
-        "mount namespace of its own. Without IMAGE it takes the demo image, and makes it if need be.",
-        epilog="examples: flatmount storm demo --containers 200 --html storm.html    "
-        "flatmount storm demo --copies 2 --watchers 2 --background 1000",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="an image of the store")
     parser.add_argument("--containers", default="100", metavar="N", help="how many (default: %(default)s)")

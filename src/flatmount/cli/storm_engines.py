@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from flatmount.cli.common import open_store, run_directory, whole
+from flatmount.cli.common import open_store, root_directory, run_directory, whole
 from flatmount.cli.containers import recovered
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
 from flatmount.report.starts import render
@@ -67,7 +67,7 @@ def run_engines(
         timeout_s=float(whole(args.timeout, "--timeout", least=1, most=3600)),
         on_host=args.on_host,
         probe=not args.no_probe,
-        store=os.path.abspath(args.root),
+        store=root_directory(args),
     )
     require_root("storm")
     if args.layout is not None and not os.path.isfile(os.path.join(args.layout, "oci-layout")):

@@ -168,7 +168,7 @@ class Assembler:
         much as the kernel's part does. Ranges that are not there yet are made first, as many at a time.
 
         Returns, in the order of the requests, what was made; a failure, everything of it undone, in place of what was
-        not. Raises: OSError, OperationFailed, MappingError where a range cannot be made, UsageError for a name that the
+        not. Raises: FlatmountError where a range cannot be made, UsageError for a name that the
         strategy cannot pass on; nothing is assembled then.
         """
         asked_ns = perf_counter_ns()

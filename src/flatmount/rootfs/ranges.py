@@ -9,12 +9,12 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from flatmount.errors import MAKE_USER_NAMESPACE, from_os_error
 from flatmount.kernel.executor import Executable, Outcome
 from flatmount.kernel.namespaces import (
     Namespace,
     empty_mount_namespace,
     own_mount_namespace,
-    user_namespace,
     user_namespaces,
 )
 from flatmount.plan.facts import HostFacts
@@ -65,6 +65,14 @@ def _let_go(fd: int, home: Home, place: str | None) -> None:
         Executable(unpin()).run(home.lent, {Parameter.RANGE: place})
 
 
+def _user_namespaces(mappings: Sequence[Mapping], *, at_once: int = 1) -> list[Namespace]:
+    # Here and not where they are made: only here is ENOSPC known to be no disk's.
+    try:
+        return user_namespaces(mappings, at_once=at_once)
+    except OSError as error:
+        raise from_os_error(error, MAKE_USER_NAMESPACE) from error
+
+
 class Range:
     """One user range: its namespace, and on first need the pinned id-mapped parent. Dropped when nobody holds it."""
 
@@ -72,7 +80,7 @@ class Range:
 
     def __init__(self, mapping: Mapping, pool: RangePool) -> None:
         self.mapping = mapping
-        self.namespace = user_namespace(mapping)
+        self.namespace = _user_namespaces((mapping,))[0]
         self._pool = pool
         self._pin: Pin | None = None
         self._ids: dict[tuple[int, int], tuple[int, int, int, int]] = {}
@@ -136,7 +144,7 @@ class RangePool:
     def get(self, mapping: Mapping) -> Range:
         """The range of a mapping, made on first use.
 
-        Raises: OSError where the user namespace cannot be made; OperationFailed.
+        Raises: FlatmountError where the user namespace cannot be made; OperationFailed.
         """
         with self._lock:
             known = self._kept.get(mapping)
@@ -154,11 +162,11 @@ class RangePool:
     def prepare(self, mappings: Iterable[Mapping], *, pinned: bool = True, at_once: int = 1) -> list[Range]:
         """Make ranges for containers to come, and their parents unless they are not `pinned`; `at_once` at a time.
 
-        Raises: OSError, OperationFailed; the ranges that were made are kept then, the parents pinned by this call are
+        Raises: FlatmountError; the ranges that were made are kept then, the parents pinned by this call are
         let go.
         """
         wanted = list(mappings)
-        held = user_namespaces(wanted, at_once=at_once)
+        held = _user_namespaces(wanted, at_once=at_once)
         ranges = [self.get(mapping) for mapping in wanted]
         del held
         if pinned:

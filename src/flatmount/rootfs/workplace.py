@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
+from flatmount.errors import FlatmountError, from_os_error
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import read_table
 from flatmount.kernel.process import owned_name, owner_is_gone
@@ -55,23 +57,40 @@ def workplace(run: str, name: str, *, elsewhere: Sequence[str] = (), ram: bool =
         _clear(path)
 
 
-def sweep(run: str) -> tuple[str, ...]:
-    """Remove what killed processes left in their workplaces. Returns the names that were cleared."""
+def sweep(run: str, problem: Callable[[str], None] | None = None) -> tuple[str, ...]:
+    """Remove what killed processes left in their workplaces. Returns the names that were cleared.
+
+    One that cannot be cleared is told to `problem` (default: a line on stderr) and left to the next sweep.
+    """
     place = os.path.join(run, "work")
     try:
         names = {name.removesuffix(_RECORD) for name in os.listdir(place)}
     except (FileNotFoundError, PermissionError):
         return ()
-    left = tuple(sorted(name for name in names if owner_is_gone(name)))
-    for name in left:
-        _clear(os.path.join(place, name))
-    return left
+    cleared = []
+    for name in sorted(name for name in names if owner_is_gone(name)):
+        path = os.path.join(place, name)
+        try:
+            _clear(path)
+            cleared.append(name)
+        except OSError as error:
+            (problem or _on_stderr)(from_os_error(error, f"clear {path}, left by a killed command:").line())
+        except FlatmountError as error:
+            (problem or _on_stderr)(f"clear {path}, left by a killed command: {error.line()}")
+    return tuple(cleared)
+
+
+def _on_stderr(line: str) -> None:
+    sys.stderr.write(f"flatmount: {line}\n")
 
 
 def _clear(path: str) -> None:
     take_off_below(path)
     for directory in (*_elsewhere(path), path):
-        parent = os.open(os.path.dirname(directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            parent = os.open(os.path.dirname(directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue
         try:
             with suppress(FileNotFoundError):
                 remove_tree(parent, os.path.basename(directory))
@@ -96,7 +115,8 @@ def take_off_below(path: str) -> int:
 def _elsewhere(path: str) -> list[str]:
     try:
         with open(path + _RECORD, encoding="utf-8") as record:
-            return list(json.load(record)["elsewhere"])
-    except (FileNotFoundError, ValueError):
+            found = json.load(record)["elsewhere"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         # Killed before the record was whole: nothing elsewhere had been made yet.
         return []
+    return [path for path in found if isinstance(path, str)] if isinstance(found, list) else []
