@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from time import perf_counter_ns
 from types import TracebackType
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from typing import NamedTuple
 from flatmount.errors import FlatmountError, InUse, OperationFailed
 from flatmount.kernel.executor import Executable, Job, Outcome
 from flatmount.kernel.tree import remove_tree
+from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.plan.operations import (
     LAYERS,
@@ -118,13 +120,13 @@ class Assembler:
             require_plain_paths(strategy, scratch, *([] if spec.upper is Upper.NONE else [uppers]))
         self.spec = spec
         self.strategy = strategy
-        self.plan = STRATEGIES[strategy](spec, pool.facts)
+        self._executable = _executable(strategy, spec, pool.facts)
+        self.plan = self._executable.plan
         self.ids = upper_ids(spec, pool.facts) if strategy in PINNING else Ids.HOST
         self.ephemeral = ephemeral
         self.uppers = uppers
         self._pool = pool
         self._scratch = scratch
-        self._executable = Executable(self.plan)
         self._given = frozenset(self._executable.parameters)
         self.pins = LAYERS in self._executable.needs or Parameter.LAYERS_AT in self._given
         self._uppers = os.fsencode(uppers)
@@ -263,6 +265,12 @@ class Assembler:
                 remove_tree(parent, name)
         finally:
             os.close(parent)
+
+
+@lru_cache(maxsize=128)
+def _executable(strategy: str, spec: RootfsSpec, facts: HostFacts) -> Executable:
+    """The plan of equal specifications is made, encoded and checked once in a process."""
+    return Executable(STRATEGIES[strategy](spec, facts))
 
 
 def _already_there(failure: OperationFailed) -> bool:
