@@ -11,13 +11,14 @@ import pytest
 from flatmount.cli.main import main
 from flatmount.cpu import validate as validate_module
 from flatmount.cpu.bench import burst_figure, run_bench
-from flatmount.cpu.burst import STRATEGIES, Bench, BurstRun, apart, check, stage
+from flatmount.cpu.burst import STRATEGIES, Bench, BurstRun, check, stage
 from flatmount.cpu.model import CALIBRATION, fit, work_of
 from flatmount.cpu.results import Burst
 from flatmount.cpu.validate import validate
 from flatmount.cpu.validation import load_validation
 from flatmount.errors import MissingFeature, OperationFailed, UsageError
 from flatmount.kernel import _native
+from flatmount.kernel.namespaces import apart
 
 
 def on_stage(*bursts: Burst, layers: int = 12) -> list[BurstRun]:

@@ -12,7 +12,7 @@ from typing import Any
 from flatmount.cli.common import json_option, open_store, store_root_option, whole
 from flatmount.cpu.advise import CAPS, Question, advise, kubernetes, node_labels, pin_process, rank
 from flatmount.cpu.bench import burst_figure, run_at, run_bench
-from flatmount.cpu.burst import STRATEGIES, apart, stage
+from flatmount.cpu.burst import STRATEGIES, stage
 from flatmount.cpu.model import Model, fit
 from flatmount.cpu.placements import find_placement, placements
 from flatmount.cpu.published import LOCK_TABLES, facts, fit_table
@@ -24,6 +24,7 @@ from flatmount.cpu.validate import validate
 from flatmount.cpu.validation import SCHEMA as VALIDATION_SCHEMA
 from flatmount.cpu.validation import load_validation
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
+from flatmount.kernel.namespaces import apart
 from flatmount.report import cpu_text
 from flatmount.report.cpu import page, topology_page
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from flatmount._version import VERSION
 from flatmount.cpu.burst import Bench as Stage
-from flatmount.cpu.burst import BurstRun, apart, stage
+from flatmount.cpu.burst import BurstRun, stage
 from flatmount.cpu.locks import GoneCpu, LockRun, PairRun, run_lock, run_pair
 from flatmount.cpu.model import CALIBRATION
 from flatmount.cpu.noise import Watch
@@ -18,6 +18,7 @@ from flatmount.cpu.schedule import PREHEAT_MS, BenchPlan, LockRunPlan, burst_ord
 from flatmount.cpu.topology import Topology, read_topology
 from flatmount.errors import FlatmountError, MissingFeature
 from flatmount.kernel import _native
+from flatmount.kernel.namespaces import apart
 
 Progress = Callable[[str], None]
 BurstRuns = dict[tuple[Burst, str], list[BurstRun]]

@@ -10,11 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 from flatmount.cpu.noise import Disturbance, Watch, others_running, wait_until_quiet
 from flatmount.cpu.results import Burst
@@ -49,8 +47,6 @@ _IDS = 65_536
 _SPARE_MOUNTS = 1_000  # left free below fs.mount-max, for the copy of the host's table that the burst starts from
 _NO_TEMPLATE = -1
 _PATIENCE_S = 0.1  # for a quiet moment to start in; a busy machine is measured busy
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,22 +248,3 @@ def stage(most_layers: int) -> Iterator[Bench]:
             run_once(MountPlan((Unmount(directory, UnmountFlag.DETACH),)))
     finally:
         os.rmdir(directory)
-
-
-def apart(work: Callable[[], Result]) -> Result:
-    """Run `work` on a thread of its own, which may leave its mount namespace; the caller stays where it is."""
-    results: list[Result] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="apart")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from flatmount._version import VERSION
 from flatmount.cpu.bench import BurstRuns, Progress, burst_figure, run_at
 from flatmount.cpu.burst import Bench as Stage
-from flatmount.cpu.burst import apart, stage
+from flatmount.cpu.burst import stage
 from flatmount.cpu.model import CALIBRATION, Model, burst_s, fit_figures
 from flatmount.cpu.noise import Disturbance, Watch
 from flatmount.cpu.placements import placements
@@ -21,6 +21,7 @@ from flatmount.cpu.topology import Topology, read_topology
 from flatmount.cpu.validation import Point, SimulatedPoint, Validation, interpolate
 from flatmount.errors import FlatmountError
 from flatmount.kernel import _native
+from flatmount.kernel.namespaces import apart
 
 STRATEGIES = ("per-layer", "common-parent", "flat")
 

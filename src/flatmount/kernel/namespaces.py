@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from flatmount.kernel import _native
 from flatmount.kernel.executor import run_once
 from flatmount.plan.mapping import IdRange, Mapping
 from flatmount.plan.operations import Mount, MountFlag, MountPlan
+
+Result = TypeVar("Result")
 
 
 class Namespace:
@@ -101,3 +104,25 @@ def enter_private_mounts() -> None:
     """
     _native.unshare_mounts()
     run_once(MountPlan((Mount("none", "/", None, MountFlag.REC | MountFlag.PRIVATE),)))
+
+
+def apart(work: Callable[[], Result]) -> Result:
+    """Run `work` on a thread of its own, which may leave its mount namespace for good; the caller stays where it is.
+
+    What that thread mounted in a namespace of its own goes when the thread ends.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="apart")
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]

@@ -17,7 +17,7 @@ from flatmount.errors import FlatmountError, MissingFeature, OperationFailed
 from flatmount.kernel import _native
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import MountEvents, TableSource, table_source
-from flatmount.kernel.namespaces import Namespace, enter_private_mounts, user_namespace
+from flatmount.kernel.namespaces import Namespace, apart, enter_private_mounts, user_namespace
 from flatmount.kernel.process import owned_name, owner_is_gone
 from flatmount.kernel.tree import remove_tree
 from flatmount.plan.facts import HostFacts
@@ -96,26 +96,7 @@ def probe(directory: str) -> Probes:
     and a small directory below `directory`, removed again. Needs CAP_SYS_ADMIN and write access there; what cannot be
     tried counts as absent, with the kernel's word.
     """
-    return _in_thread(lambda: _probe_here(directory))
-
-
-def _in_thread(work: Callable[[], Probes]) -> Probes:
-    """On a thread of its own: it leaves the host's mount namespace and takes its copy along when it ends."""
-    answers: list[Probes] = []
-    errors: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            answers.append(work())
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="probe")
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return answers[0]
+    return apart(lambda: _probe_here(directory))
 
 
 def _probe_here(directory: str) -> Probes:
