@@ -57,7 +57,7 @@ def test_a_full_disk_locks_nobody_out(small_disk: Path, flatmount: CommandLine, 
     line("mount", "one", str(target), "--map", MAP, "--strategy", "detached", "--id", "held")
     fill(small_disk / "fill")
     assert [found["name"] for found in line.json("image", "list")["images"]] == ["one", "two"]
-    assert line.json("image", "show", "one")["holders"] == ["mount:held"]
+    assert line.json("image", "show", "one")["holders"] == [f"mount:held@{flatmount.run_directory}"]
     line("umount", str(target))
     line("gc", "--yes", "--uppers")
     line("image", "remove", "one")
