@@ -77,7 +77,12 @@ class HealthProbe:
             self._read()
         window = range(start_ns, end_ns + 1)
         return ProbeWindow(
-            rounds=tuple(((due - start_ns) / 1e9, ms) for due, ms in self._rounds if due in window),
+            rounds=tuple(
+                (max(0, due - start_ns) / 1e9, ms)
+                for due, ms in self._rounds
+                # One that was due before and still ran has felt it too.
+                if due <= end_ns and due + ms * 1e6 >= start_ns
+            ),
             mounts=tuple(((at - start_ns) / 1e9, count) for at, count in self._mounts if at in window),
         )
 
