@@ -20,6 +20,9 @@ from flatmount.image.demo_layers import GONE, HOLDS
 from flatmount.kernel.namespaces import user_namespace
 from flatmount.kernel.start import check_start
 from flatmount.plan.mapping import Mapping
+from flatmount.rootfs import assemble
+from flatmount.store import Store
+from flatmount.strategies import Attach
 from tests.e2e.conftest import CommandLine, leftovers
 
 MAP = "0:300000:65536"
@@ -317,3 +320,18 @@ def test_a_damaged_record_is_named_and_stops_nobody(flatmount: CommandLine, targ
     damaged.unlink()
     # Its lease was left alone while nobody could tell whose it was.
     flatmount("umount", str(target), expect=2)
+
+
+def test_the_same_from_python_is_undone_when_the_block_is_left(flatmount: CommandLine, target: Path) -> None:
+    mapping = Mapping.parse(MAP)
+    with Store.open(str(flatmount.root)) as store:
+        image = store.image("demo")
+        with assemble(store, image, mapping, str(target)) as rootfs:
+            assert rootfs.outcome.mount_operations == 1
+            assert check_start(user_namespace(mapping), str(target), "/etc/passwd", "/new").written_uid == 0
+        assert not os.path.ismount(target)
+        with pytest.raises(ZeroDivisionError), assemble(store, image, mapping, str(target)):
+            raise ZeroDivisionError
+        assert not os.path.ismount(target)
+        with assemble(store, image, mapping, attach=Attach.NONE) as rootfs:
+            assert sorted(os.listdir(f"/proc/self/fd/{rootfs.descriptor}"))[0] == "bin"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 
 from flatmount.errors import UsageError
 from flatmount.plan.mapping import Mapping
@@ -67,15 +67,8 @@ def assemble(
     made = Assembler(
         spec, choice.name, ranges, uppers=os.path.join(store.data, "uppers"), scratch=scratch, ephemeral=True
     )
-    try:
-        rootfs = None
-        try:
-            with undivided():
-                rootfs = made.assemble(mapping, new_id() if name is None else check_id(name), target or "")
-            yield rootfs
-        finally:
-            if rootfs is not None:
-                rootfs.undo()
-    finally:
-        if own:
-            ranges.close()
+    with closing(ranges) if own else nullcontext(), ExitStack() as undoing:
+        with undivided():
+            rootfs = made.assemble(mapping, new_id() if name is None else check_id(name), target or "")
+            undoing.callback(rootfs.undo)
+        yield rootfs

@@ -206,7 +206,8 @@ def recover(run: str, store: Store | None) -> tuple[str, ...]:
     told = [f"cleared {name}, left by a killed command" for name in sweep(run)]
     records = Records(run)
     records.sweep_drafts()
-    told += [f"the record {path} is damaged; remove it by hand" for path in records.damaged()]
+    damaged = records.damaged()
+    told += [f"the record {path} is damaged; remove it by hand" for path in damaged]
     for record in records.abandoned():
         if store is not None and record.root == store.root:
             what = f"the mount {record.id} at {record.target}, left half-way by a killed command"
@@ -215,12 +216,13 @@ def recover(run: str, store: Store | None) -> tuple[str, ...]:
                 told.append(f"undid {what}")
             except FlatmountError as error:
                 told.append(f"could not undo {what}: {error.line()}")
-    if store is not None:
+    # Nobody can tell whose the lease of a damaged record is.
+    if store is not None and not damaged:
         # Leases first, then records: a record is written before its lease is taken.
         leases = [lease.holder for lease in store.holders()]
         known = {records.holder(record) for record in records.all()}
         for holder in leases:
-            if records.is_ours(holder) and holder not in known and not records.damaged():
+            if records.is_ours(holder) and holder not in known:
                 store.release(holder)
     return tuple(told)
 

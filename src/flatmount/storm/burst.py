@@ -17,12 +17,11 @@ from flatmount.storm.containers import Container, start
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A container that stands: when it did, and how long it took."""
+    """A container that stands, and how long it took."""
 
     container: Container
     rootfs: Rootfs
     latency_ns: int
-    finished_ns: int
 
 
 @dataclass(slots=True)
@@ -64,7 +63,7 @@ def run_burst(
             rootfs = start(container, assembler, copies=copies)
         now_ns = time.monotonic_ns()
         with lock:
-            burst.started.append(Started(container, rootfs, now_ns - asked_ns, now_ns))
+            burst.started.append(Started(container, rootfs, now_ns - asked_ns))
 
     def requester() -> None:
         while not stop.is_set():
