@@ -25,7 +25,7 @@ struct burst {
 	int *copy_errors;
 	size_t count, next;
 	int copies, template;
-	uint64_t started_ns;
+	uint64_t started_ns, woken_ns; /* woken_ns: when the first of the crew ran, 0 before */
 	unsigned int ready;
 	int gate; /* futex: 0 closed, 1 open, 2 go home */
 	int error;
@@ -79,6 +79,9 @@ static void *work(void *argument)
 	if (burst->gate > 1)
 		return NULL;
 
+	uint64_t none = 0;
+	__atomic_compare_exchange_n(&burst->woken_ns, &none, now_ns(), 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+
 	size_t i;
 	while ((i = __atomic_fetch_add(&burst->next, 1, __ATOMIC_RELAXED)) < burst->count) {
 		fm_run_perform(burst->runs[i]);
@@ -90,7 +93,7 @@ static void *work(void *argument)
 }
 
 /* Starts the crew, opens the gate when all wait at it, and comes back when the last has gone home. */
-static uint64_t run_burst(struct burst *burst, pthread_t *threads, int crew)
+static void run_burst(struct burst *burst, pthread_t *threads, int crew)
 {
 	pthread_attr_t attributes;
 	int made = 0;
@@ -115,10 +118,9 @@ static uint64_t run_burst(struct burst *burst, pthread_t *threads, int crew)
 	futex(&burst->gate, FUTEX_WAKE, MOST_CREW);
 	for (int i = 0; i < made; i++)
 		pthread_join(threads[i], NULL);
-	return now_ns() - burst->started_ns;
 }
 
-static PyObject *results(const struct burst *burst, uint64_t wall_ns)
+static PyObject *results(const struct burst *burst)
 {
 	PyObject *ended = PyTuple_New((Py_ssize_t)burst->count), *outcomes = PyTuple_New((Py_ssize_t)burst->count);
 
@@ -135,7 +137,7 @@ static PyObject *results(const struct burst *burst, uint64_t wall_ns)
 		Py_XDECREF(outcomes);
 		return NULL;
 	}
-	return Py_BuildValue("(KNN)", (unsigned long long)wall_ns, ended, outcomes);
+	return Py_BuildValue("(KNN)", (unsigned long long)(burst->woken_ns - burst->started_ns), ended, outcomes);
 }
 
 PyObject *fm_program_burst(PyObject *program, PyObject *arguments)
@@ -165,8 +167,7 @@ PyObject *fm_program_burst(PyObject *program, PyObject *arguments)
 			goto out;
 	}
 
-	uint64_t wall_ns;
-	Py_BEGIN_ALLOW_THREADS wall_ns = run_burst(&burst, threads, crew);
+	Py_BEGIN_ALLOW_THREADS run_burst(&burst, threads, crew);
 	Py_END_ALLOW_THREADS if (burst.error)
 	{
 		errno = burst.error;
@@ -174,7 +175,7 @@ PyObject *fm_program_burst(PyObject *program, PyObject *arguments)
 	}
 	else
 	{
-		result = results(&burst, wall_ns);
+		result = results(&burst);
 	}
 out:
 	for (size_t i = 0; i < burst.count; i++)

@@ -12,7 +12,7 @@ from flatmount.cpu.results import BenchResult, Burst, BurstFigure, Cell, Kind, L
 from flatmount.cpu.topology import Topology
 from tests.unit.sysfs_trees import recorded
 
-COSTS = Costs(1.5e-4, 7e-6, 1.2e-4, 2.2e-5, 1.1e-8, 1.5e-6)
+COSTS = Costs(1.5e-4, 7e-6, 1.5e-5, 2.5e-8, 8e-5, 1.1e-6)
 BEFORE = 21
 QUIET = Disturbance(10.0, 2, 0.0, 0.0)
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flatmount.cpu import bench as bench_module
@@ -71,6 +71,7 @@ def test_modes_of_a_wandering_figure() -> None:
     assert len(Spread.of([25, 26, 27, 28, 500]).modes) == 1  # one outlier is not a mode
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
 @given(st.lists(st.floats(0.1, 1e6), min_size=1, max_size=40))
 def test_spreads_hold_their_values(values: list[float]) -> None:
     found = Spread.of(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,12 @@ def test_throughput_has_a_peak_where_waiting_makes_sections_dearer() -> None:
 @pytest.mark.parametrize("copies", [0, 2])
 def test_the_formula_agrees_with_the_simulated_burst(strategy: str, containers: int, copies: int) -> None:
     what = Burst(strategy, containers, 20, copies)
-    simulated = [simulate_burst(samples.COSTS, what, cpus=2, before=samples.BEFORE, seed=seed) for seed in range(8)]
+    rounds = 8 if strategy == "per-layer" else 60
+    times = [simulate_burst(samples.COSTS, what, cpus=2, before=samples.BEFORE, seed=i) for i in range(rounds)]
     formula = burst_s(samples.COSTS, what, cpus=2, before=samples.BEFORE)
-    assert formula == pytest.approx(sum(simulated) / 8, rel=0.1 if copies else 0.03)
+    # The formula's own 3 %, and three standard errors of what it is held against.
+    least = 3 * statistics.stdev(times) / rounds**0.5
+    assert formula == pytest.approx(statistics.mean(times), abs=0.03 * formula + least)
 
 
 def facts() -> HostFacts:
@@ -123,7 +127,9 @@ def test_more_of_anything_never_takes_less(strategy: str, containers: int, layer
     assert seconds(dataclasses.replace(here, containers=containers + 1)) > seconds(here) * (1 - 1e-9)
     assert seconds(dataclasses.replace(here, layers=layers + 1)) >= seconds(here) * (1 - 1e-9)
     assert seconds(dataclasses.replace(here, copies=copies + 1)) > seconds(here)
-    assert seconds(dataclasses.replace(here, background=1000)) > seconds(here)
+    # Nothing of a merged root file system looks at the table; a copy of it does.
+    beside = seconds(dataclasses.replace(here, background=1000))
+    assert beside > seconds(here) if strategy != "flat" or copies else beside == seconds(here)
 
 
 def test_a_cap_keeps_the_table_short() -> None:
@@ -198,7 +204,7 @@ def test_ranges_and_cliffs() -> None:
 
 
 def test_a_bench_without_the_six_bursts_says_which() -> None:
-    with pytest.raises(UsageError, match=r"per-layer C=10 L=10"):
+    with pytest.raises(UsageError, match=r"per-layer C=5 L=100"):
         fit(samples.bench(recorded("vm")))
 
 

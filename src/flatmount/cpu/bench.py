@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 
@@ -224,6 +225,7 @@ def burst_figure(runs: Sequence[BurstRun], placement: str = "") -> BurstFigure:
         middle.mount_operations,
         middle.mounts_before,
         placement,
+        statistics.median(run.woken_s for run in runs),
     )
 
 

@@ -53,7 +53,8 @@ _PATIENCE_S = 0.1  # for a quiet moment to start in; a busy machine is measured 
 class BurstRun:
     """One burst as it happened. Seconds are from the moment all were let go to each container's end, sorted.
 
-    `mount_operations` are all containers' together; `mounts_before` and `mounts_after` the burst's own mount table.
+    `mount_operations` are all containers' together; `mounts_before` and `mounts_after` the burst's own mount table;
+    `woken_s` is when the first thread ran.
     """
 
     burst: Burst
@@ -64,6 +65,7 @@ class BurstRun:
     mounts_after: int
     disturbance: Disturbance
     crowded: bool
+    woken_s: float
 
     @property
     def quiet(self) -> bool:
@@ -134,7 +136,7 @@ class Bench:
         before = _native.count_mounts(0)
         with Watch() as watch:
             crowded = not wait_until_quiet(_PATIENCE_S)
-            _, done_ns, outcomes = program.burst(tuple(runs), crew, burst.copies, template)
+            woken_ns, done_ns, outcomes = program.burst(tuple(runs), crew, burst.copies, template)
             crowded |= others_running() > 0
         after = _native.count_mounts(0)
         for name, (outcome, copy_error) in zip(names, outcomes, strict=True):
@@ -150,6 +152,7 @@ class Bench:
             after,
             watch.disturbance,
             crowded,
+            woken_ns / 1e9,
         )
 
     def _parameters(self, name: str) -> dict[Parameter, str]:

@@ -1,14 +1,17 @@
 """What a burst costs, from six measured ones: the model that fits in a README.
 
-    time of a burst        T(C) = C * (K/X + copies/Y), with X and Y for min(C, processors) customers
+    time of a burst        T(C) = b + C * (K/X + copies * (n0 + n1*M)), with X for min(C, processors) customers
     mount operations       K = 2(1+2L) + 1 per layer, 7 with a common parent, 1 merged
-    between two sections   (c + o*lowers) / K, for a copy n0       on a processor of the container's own
-    in a section           h0 + h1*M, for a copy n1*M              one at a time
-    live mounts            M = mounts before + containers at once * L/2 (per layer; 1/2 with a common parent) + C/2
+    between two of them    (c*passes + o*lowers) / K               on a processor of the container's own
+    a mount operation      h0 + h1*M*walks/K                       one at a time
+    walks over siblings    2L per layer, 2 with a common parent, none merged: one for each bind of a layer or a parent
+    live mounts            M = mounts before + containers at once * L/2 (per layer; 1/2 with a common parent)
                            for a copy + C: a container copies when its root, and most others', is attached
 
-X and Y are throughputs of the finite-population chain (flatmount.cpu.chain). The six costs are shared by all
-strategies.
+A pass makes one overlay; the usual code needs two, a merged root file system one. What grows with the table is not
+attaching but cloning: `open_tree(CLONE)` looks at every mount beside the one it clones, holding `namespace_sem`.
+X is the throughput of the finite-population chain (flatmount.cpu.chain); copies are made one at a time. The six costs
+are shared by all strategies, with copies and without; b, the time until the first thread runs, is measured.
 
 What a cache line costs to move from one processor to another comes on top where it was measured: h is multiplied by
 1 + v*(l + b*(k-1)) for k at the lock, with l and b from the lock benchmark at the placement. Below four cores the
@@ -20,7 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -32,12 +36,12 @@ from flatmount.errors import UsageError
 
 # Fixed before anything held out was run. At most 50 containers and two numbers of layers.
 CALIBRATION = (
-    Burst("per-layer", 10, 10),
+    Burst("per-layer", 5, 100),
     Burst("per-layer", 50, 100),
-    Burst("per-layer", 50, 100, copies=2),
     Burst("common-parent", 50, 100),
-    Burst("flat", 20, 100),
-    Burst("flat", 20, 100, copies=2),
+    Burst("common-parent", 50, 20, copies=2),
+    Burst("flat", 50, 20),
+    Burst("flat", 10, 20, copies=2),
 )
 LEAST_CORES = 4
 _COUNTED = "counted in the strategy's plan"
@@ -71,24 +75,24 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Seconds. The first three are spent on a container's own processor, the others one container at a time."""
+    """Seconds. The first two are spent on a container's own processor, the others one container at a time."""
 
-    container_s: float
+    pass_s: float
     lower_s: float
-    copy_s: float
     operation_s: float
-    operation_mount_s: float
+    sibling_s: float
+    copy_s: float
     copy_mount_s: float
 
 
-_START = Costs(1.6e-4, 5e-6, 1e-4, 2e-5, 1e-8, 1.5e-6)
+_START = Costs(1.3e-4, 1e-5, 1.3e-5, 3e-8, 6.5e-5, 9e-7)
 _MEANINGS = (
-    ("c", "a container, whatever its layers", "us", 1e6),
+    ("c", "a pass: one overlay, whatever its layers", "us", 1e6),
     ("o", "a lower of an overlay", "us", 1e6),
-    ("n0", "a copy of the mount namespace", "us", 1e6),
     ("h0", "a mount operation, under the lock", "us", 1e6),
-    ("h1", "the same, for each live mount", "ns", 1e9),
-    ("n1", "a namespace copy, for each live mount", "us", 1e6),
+    ("h1", "a sibling that a clone looks at, under the lock", "ns", 1e9),
+    ("n0", "a copy of the mount namespace", "us", 1e6),
+    ("n1", "the same, for each live mount", "us", 1e6),
 )
 
 
@@ -103,40 +107,52 @@ class Transfer:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a strategy does for one container: mount operations, lowers handed to overlayfs, temporary mounts."""
+    """What a strategy does for one container.
+
+    `passes` overlays are made over `lowers` in all, by so many mount `operations`; `temporary` mounts come and go in
+    each pass. `walks` of the operations were cloned beside the live mounts, and looked at all of them.
+    """
 
     operations: int
+    passes: int
     lowers: int
     temporary: int
+
+    @property
+    def walks(self) -> int:
+        return self.passes * self.temporary
 
 
 def work_of(strategy: str, layers: int) -> Work:
     """The work of one container; counts are those of the plans (tests compare them)."""
     match strategy:
         case "per-layer":
-            return Work(2 * (1 + 2 * layers) + 1, 2 * layers, layers)
+            return Work(2 * (1 + 2 * layers) + 1, 2, 2 * layers, layers)
         case "common-parent":
-            return Work(7, 2 * layers, 1)
+            return Work(7, 2, 2 * layers, 1)
         case "detached":
-            return Work(1, layers, 0)
+            return Work(1, 1, layers, 0)
         case "flat":
-            return Work(1, 1, 0)
+            return Work(1, 1, 1, 0)
     raise UsageError(f"the model does not know the strategy {strategy!r}")
 
 
 def live_mounts(burst: Burst, before: float) -> tuple[float, float]:
-    """Mounts there are on average for a mount operation of the burst, and for a namespace copy.
+    """Mounts that a clone finds beside it on average, and that a namespace copy finds.
 
     Containers attach and detach their layers again and again, so that on average half of the most there could be are
-    there; their roots stay. A container copies after its root was attached: beside all others' if all are at it at
-    once, beside half of them on average if they are let in one after the other.
+    there. Roots stay. Of those that are let in at once none has its root when it clones; the roots of those that were
+    let in before are there. A copy comes after all of that, beside the roots of all that were let in with it.
     """
     at_once = min(burst.admit or burst.containers, burst.containers)
     others = before + burst.background + at_once * work_of(burst.strategy, burst.layers).temporary / 2
-    return others + burst.containers / 2, others + (burst.containers + at_once) / 2
+    let_in_before = (burst.containers - at_once) / 2
+    return others + let_in_before, others + let_in_before + at_once
 
 
-def burst_s(costs: Costs, burst: Burst, *, cpus: int, before: float, dearer: Sequence[float] = ()) -> float:
+def burst_s(
+    costs: Costs, burst: Burst, *, cpus: int, before: float, woken_s: float = 0.0, dearer: Sequence[float] = ()
+) -> float:
     """Seconds from the start of a burst to its last container.
 
     Args:
@@ -144,26 +160,22 @@ def burst_s(costs: Costs, burst: Burst, *, cpus: int, before: float, dearer: Seq
         burst: what is started.
         cpus: processors it runs on.
         before: mounts in the table before it, without `burst.background`.
+        woken_s: from the start until the first thread runs.
         dearer: for k = 1, 2, ... at the lock, what a section's time is multiplied by; missing ones are 1.
     """
     work = work_of(burst.strategy, burst.layers)
     mounts, copied = live_mounts(burst, before)
-    if burst.template:
-        copied = 1.0
     customers = max(1, min(burst.admit or burst.containers, burst.containers, cpus))
 
-    def each_s(steps: int, own_s: float, section_s: float) -> float:
-        """So many sections of one container, with work of its own between them."""
+    def at_lock(section_s: float) -> Callable[[int], float]:
+        return lambda k: section_s * (dearer[k - 1] if k <= len(dearer) else 1.0)
 
-        def at_lock(k: int) -> float:
-            return section_s * (dearer[k - 1] if k <= len(dearer) else 1.0)
-
-        return steps / throughput(customers, own_s / steps, at_lock) if steps else 0.0
-
-    own_s = costs.container_s + costs.lower_s * work.lowers
-    assembling_s = each_s(work.operations, own_s, costs.operation_s + costs.operation_mount_s * mounts)
-    copying_s = each_s(burst.copies, costs.copy_s * burst.copies, costs.copy_mount_s * copied)
-    return burst.containers * (assembling_s + copying_s)
+    own_s = (costs.pass_s * work.passes + costs.lower_s * work.lowers) / work.operations
+    section_s = costs.operation_s + costs.sibling_s * mounts * work.walks / work.operations
+    assembling_s = work.operations / throughput(customers, own_s, at_lock(section_s))
+    copy_s = costs.copy_s + costs.copy_mount_s * (1.0 if burst.template else copied)
+    copying_s = burst.copies * at_lock(copy_s)(customers)
+    return woken_s + burst.containers * (assembling_s + copying_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +221,7 @@ class Model:
     shapes: tuple[Shape, ...]
     transfers: tuple[Transfer, ...] = ()
     transfers_per_section: float | None = None
+    woken_s: float = 0.0
 
     def predict(self, burst: Burst, *, cpus: int | None = None, limit_s: float = 30.0) -> Prediction:
         """Time and failures of a burst on `cpus` processors (those it was measured on by default)."""
@@ -223,7 +236,7 @@ class Model:
             return None
         dearer = dearer_sections(here, self.transfers_per_section, cpus)
         values = [
-            burst_s(costs, burst, cpus=cpus, before=self.before, dearer=dearer)
+            burst_s(costs, burst, cpus=cpus, before=self.before, woken_s=self.woken_s, dearer=dearer)
             for costs in (self.costs, *self.variants)
         ]
         low, high = _range(values[0], values[1:])
@@ -248,7 +261,7 @@ class Model:
         return high
 
     def _seconds(self, costs: Costs, burst: Burst, cpus: int | None) -> float:
-        return burst_s(costs, burst, cpus=cpus or self.cpus, before=self.before)
+        return burst_s(costs, burst, cpus=cpus or self.cpus, before=self.before, woken_s=self.woken_s)
 
     def _shape(self, burst: Burst) -> Shape:
         if burst.admit is not None:
@@ -270,7 +283,7 @@ def _range(value: float, variants: Iterable[float]) -> tuple[float, float]:
     return value * math.exp(-math.sqrt(down)), value * math.exp(math.sqrt(up))
 
 
-def fit_costs(points: Sequence[tuple[Burst, float]], *, cpus: int, before: float) -> Costs:
+def fit_costs(points: Sequence[tuple[Burst, float]], *, cpus: int, before: float, woken_s: float = 0.0) -> Costs:
     """The six costs that explain the seconds of at least six bursts, by least squares of the logarithms."""
     if len(points) < len(dataclasses.fields(Costs)):
         raise UsageError(f"{len(points)} bursts do not determine six costs", hint="`flatmount cpu bench` runs them all")
@@ -283,7 +296,10 @@ def fit_costs(points: Sequence[tuple[Burst, float]], *, cpus: int, before: float
 
     def residuals(logarithms: Sequence[float]) -> list[float]:
         costs = bounded(logarithms)
-        return [math.log(burst_s(costs, burst, cpus=cpus, before=before) / wall_s) for burst, wall_s in points]
+        return [
+            math.log(burst_s(costs, burst, cpus=cpus, before=before, woken_s=woken_s) / wall_s)
+            for burst, wall_s in points
+        ]
 
     return bounded(least_squares(residuals, start))
 
@@ -307,13 +323,14 @@ def fit_figures(figures: Sequence[BurstFigure], bench: BenchResult) -> Model:
     """Fit the model to these bursts, and what transfers cost to the bench's locks."""
     cpus = len(bench.topology.allowed)
     before = figures[0].mounts_before
+    woken_s = statistics.median(figure.woken_s for figure in figures)
     middle = [(figure.burst, figure.wall_s.median) for figure in figures]
-    costs = fit_costs(middle, cpus=cpus, before=before)
+    costs = fit_costs(middle, cpus=cpus, before=before, woken_s=woken_s)
     variants = []
     for i, figure in enumerate(figures):
         for end in (figure.wall_s.low, figure.wall_s.high):
             moved = [*middle[:i], (figure.burst, end), *middle[i + 1 :]]
-            variants.append(fit_costs(moved, cpus=cpus, before=before))
+            variants.append(fit_costs(moved, cpus=cpus, before=before, woken_s=woken_s))
     transfers, why_not = transfers_of(bench)
     per_section = _fit_transfers(costs, transfers, bench, before) if transfers else None
     return Model(
@@ -324,6 +341,7 @@ def fit_figures(figures: Sequence[BurstFigure], bench: BenchResult) -> Model:
         (
             Parameter("N", "processors the bursts ran on", "", Source.MEASURED, cpus, cpus, cpus),
             Parameter("M0", "mounts before a burst", "", Source.MEASURED, before, before, before),
+            Parameter("b", "until the first thread runs", "us", Source.MEASURED, woken_s * 1e6, *_ends(figures)),
             Parameter("K", "mount operations of a container", "", Source.MEASURED, note=_COUNTED),
             Parameter("1/2", "share of temporary mounts that are live", "", Source.ASSUMED, 0.5),
             *_cost_parameters(costs, variants),
@@ -332,7 +350,13 @@ def fit_figures(figures: Sequence[BurstFigure], bench: BenchResult) -> Model:
         tuple(_shapes(figures)),
         transfers,
         per_section,
+        woken_s,
     )
+
+
+def _ends(figures: Sequence[BurstFigure]) -> tuple[float, float]:
+    found = [figure.woken_s * 1e6 for figure in figures]
+    return min(found), max(found)
 
 
 def _cost_parameters(costs: Costs, variants: Sequence[Costs]) -> Iterable[Parameter]:

@@ -159,7 +159,8 @@ class Burst:
 
 @dataclass(frozen=True, slots=True)
 class BurstFigure:
-    """Repeats of one burst. `half_s` is the median container's latency in the median repeat, `least_s` the first's."""
+    """Repeats of one burst. `half_s` is the median container's latency in the median repeat, `least_s` the first's, and
+    `woken_s` the time from the start until its first thread ran (0: an earlier version did not say)."""
 
     burst: Burst
     wall_s: Spread
@@ -168,6 +169,7 @@ class BurstFigure:
     mount_operations: int
     mounts_before: int
     placement: str = ""
+    woken_s: float = 0.0
 
     @property
     def operations_per_s(self) -> float:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from flatmount.cpu.model import Costs, work_of
+from flatmount.cpu.model import Costs, live_mounts, work_of
 from flatmount.cpu.results import Burst
 
 _REGULARITY = 16.0
@@ -46,36 +46,45 @@ def simulate_lock(
 def simulate_burst(costs: Costs, burst: Burst, *, cpus: int, before: float, seed: int = 1) -> float:
     """Seconds of one burst, container by container and mount by mount.
 
-    A container that has a processor works, waits for the lock without giving the processor up, holds it for as long as
-    the live table makes it, and sleeps; whoever of those that wait for a processor is next is drawn by lot. A copy sees
-    the roots of all that were let in and the average of temporary mounts so far: a burst's first containers copy while
-    the others still hold their layers (measured, see docs/processors.md).
+    A container that has a processor works, waits for the lock without giving the processor up, holds it (for as long as
+    the live table makes it, where a clone looks at it), and goes to the end of those that wait for a processor: who has
+    had least comes first, as the kernel's scheduler does it. How many mounts a copy finds is the formula's: that
+    containers copy while others still hold half of their layers was measured (docs/processors.md), and is not what any
+    order of containers tried here gives.
     """
     return _BurstSimulation(costs, burst, cpus, before, seed).run()
 
 
-@dataclass(slots=True)
+@dataclass(order=True, slots=True)
 class _Container:
-    """`step` is the next mount operation or copy."""
+    """`step` is the next mount operation or copy; `had_s` what it has had of a processor."""
 
+    had_s: float
+    number: int
     step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """One mount operation or copy: what it does to the table, and whether a clone has walked it before."""
+
+    by: int
+    walks: bool = False
+    copies: bool = False
 
 
 class _BurstSimulation:
     def __init__(self, costs: Costs, burst: Burst, cpus: int, before: float, seed: int) -> None:
         work = work_of(burst.strategy, burst.layers)
-        own_s = costs.container_s + costs.lower_s * work.lowers + costs.copy_s * burst.copies
         self._costs = costs
         self._burst = burst
-        self._operations = work.operations
         self._changes = tuple(_changes(burst))
-        self._work_s = own_s / len(self._changes)
+        self._work_s = (costs.pass_s * work.passes + costs.lower_s * work.lowers) / work.operations
         self._rng = random.Random(seed)
-        self._before = before + burst.background
-        self._roots = _Average(self._before)
-        self._temporary = _Average(0.0)
+        self._mounts = before + burst.background
+        self._copied = live_mounts(burst, before)[1]
         at_once = min(burst.admit or burst.containers, burst.containers)
-        self._ready = [_Container() for _ in range(at_once)]
+        self._ready = [_Container(0.0, i) for i in range(at_once)]
         self._not_yet = burst.containers - at_once
         self._waiting: deque[_Container] = deque()
         self._held = False
@@ -105,63 +114,45 @@ class _BurstSimulation:
         # Work of one's own varies by a quarter; sections as the chain has them.
         shape = 1.0 if section else _REGULARITY
         spent_s = self._rng.gammavariate(shape, mean_s / shape)
+        container.had_s += spent_s
         heapq.heappush(self._events, (self._clock + spent_s, self._numbers, section, container))
 
     def _next_container(self) -> None:
         if self._ready:
-            place = self._rng.randrange(len(self._ready))
-            self._ready[place], self._ready[-1] = self._ready[-1], self._ready[place]
-            self._after(self._work_s, False, self._ready.pop())
+            self._begin(heapq.heappop(self._ready))
+
+    def _begin(self, container: _Container) -> None:
+        if self._changes[container.step].copies:
+            self._waiting.append(container)  # a copy is all section
+            return
+        self._after(self._work_s, False, container)
 
     def _end_section(self, container: _Container) -> None:
-        change, temporary = self._changes[container.step]
-        (self._temporary if temporary else self._roots).change(change, self._clock)
+        change = self._changes[container.step]
+        self._mounts += change.by
         container.step += 1
         if container.step < len(self._changes):
-            self._ready.append(container)
+            heapq.heappush(self._ready, container)
         elif self._not_yet:
             self._not_yet -= 1
-            self._ready.append(_Container())
+            heapq.heappush(self._ready, _Container(container.had_s, container.number))
         self._next_container()
 
     def _section_s(self, container: _Container) -> float:
-        if container.step < self._operations:
-            mounts = self._roots.value + self._temporary.value
-            return self._costs.operation_s + self._costs.operation_mount_s * mounts
-        if self._burst.template:
-            return self._costs.copy_mount_s
-        let_in = self._burst.containers - self._not_yet
-        return self._costs.copy_mount_s * (self._before + let_in + self._temporary.average(self._clock))
+        change = self._changes[container.step]
+        if change.copies:
+            return self._costs.copy_s + self._costs.copy_mount_s * (1.0 if self._burst.template else self._copied)
+        return self._costs.operation_s + (self._costs.sibling_s * self._mounts if change.walks else 0.0)
 
 
-class _Average:
-    """A number of mounts that changes, and its average over time."""
-
-    def __init__(self, value: float) -> None:
-        self.value = value
-        self._area = 0.0
-        self._since = 0.0
-
-    def change(self, by: int, now: float) -> None:
-        self._area += self.value * (now - self._since)
-        self._since = now
-        self.value += by
-
-    def average(self, now: float) -> float:
-        return (self._area + self.value * (now - self._since)) / now if now > 0 else self.value
-
-
-def _changes(burst: Burst) -> Iterator[tuple[int, bool]]:
-    """What each mount operation of one container does to the table, and whether to what is only there for the moment;
-    in the plan's order, copies last."""
+def _changes(burst: Burst) -> Iterator[_Change]:
+    """What one container does, in the plan's order, copies last."""
     temporary = work_of(burst.strategy, burst.layers).temporary
     if temporary:
         for last in (False, True):
-            yield from [(1, True)] * temporary
-            yield 1, not last  # the overlay: the first one only serves to look up users
-            yield from [(-1, True)] * temporary
-            if not last:
-                yield -1, True
+            yield from [_Change(1, walks=True)] * temporary
+            yield _Change(1)  # the overlay: the first one only serves to look up users
+            yield from [_Change(-1)] * (temporary if last else temporary + 1)
     else:
-        yield 1, False
-    yield from [(0, False)] * burst.copies
+        yield _Change(1)
+    yield from [_Change(0, copies=True)] * burst.copies

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from flatmount._version import VERSION
 from flatmount.cpu.bench import BurstRuns, Progress, burst_figure, run_at
 from flatmount.cpu.burst import Bench as Stage
-from flatmount.cpu.burst import stage
+from flatmount.cpu.burst import BurstRun, stage
 from flatmount.cpu.model import CALIBRATION, Model, burst_s, fit_figures
 from flatmount.cpu.noise import Disturbance, Watch
 from flatmount.cpu.placements import placements
@@ -38,8 +38,7 @@ CORNERS = tuple(
     Burst(strategy, containers, layers, copies)
     for strategy, copies, containers, layers in itertools.product(STRATEGIES, (0, 2), (10, 50), (10, 100))
 )
-_CALIBRATION_REPEATS = 5
-_CALIBRATION_ROUNDS = 10
+_CALIBRATION_REPEATS = 7
 # What takes longer than a time is repeated so often.
 _REPEATS = ((0.7, 1), (0.1, 3), (0.0, 7))
 _TRIES = 3
@@ -49,7 +48,8 @@ _SIMULATED = tuple(
     Burst(strategy, containers, 20, copies)
     for strategy, containers, copies in itertools.product(STRATEGIES, (20, 50, 100, 200), (0, 2))
 )
-_SIMULATIONS = 5
+# Short bursts vary more from one run to the next.
+_SIMULATIONS = {"per-layer": 5, "common-parent": 40, "flat": 100}
 
 
 def validate(budget_s: float, *, progress: Progress = lambda _: None) -> Validation:
@@ -66,7 +66,7 @@ def validate(budget_s: float, *, progress: Progress = lambda _: None) -> Validat
     figures = {burst: burst_figure(found) for (burst, _), found in runs.items()}
     bench = bench_of(topology, [figures[burst] for burst in CALIBRATION])
     model = fit_figures([figures[burst] for burst in CALIBRATION], bench)
-    points = tuple(_point(figures[burst], model, figures) for burst in HELD_OUT if burst in figures)
+    points = tuple(_point(figures[b], model, figures, repeatability(runs[b, ""])) for b in HELD_OUT if b in figures)
     if not points:
         raise FlatmountError(f"{budget_s:g} s were over before a held-out burst ran", hint="give --budget 240s")
     return Validation(
@@ -91,35 +91,30 @@ def bench_of(topology: Topology, figures: Sequence[BurstFigure]) -> BenchResult:
 
 
 def _run_all(runs: BurstRuns, deadline: float, progress: Progress) -> list[Burst]:
-    with stage(_MOST_LAYERS) as bench:
-        for repeat in range(_CALIBRATION_ROUNDS):
-            progress(f"calibration, round {repeat + 1} of at most {_CALIBRATION_ROUNDS}")
-            for burst in CALIBRATION:
-                if sum(run.quiet for run in runs.get((burst, ""), [])) < _CALIBRATION_REPEATS:
-                    run_at(bench, burst, None, runs)
-            for burst in CORNERS:
-                if burst not in CALIBRATION and _wanted(burst, runs):
-                    run_at(bench, burst, None, runs)
-        return _run_held_out(bench, runs, deadline, progress)
-
-
-def _run_held_out(bench: Stage, runs: BurstRuns, deadline: float, progress: Progress) -> list[Burst]:
-    """Rounds in an order drawn once, and the dearest after all others, smallest first. A burst that would not be over
-    by the deadline, by what the same with fewer containers took, is left out."""
-    order = sorted(HELD_OUT, key=lambda burst: burst.containers * burst.layers)
-    cheap = [burst for burst in order if burst.containers * burst.layers < _DEAR]
-    dear = order[len(cheap) :]
-    random.Random(7).shuffle(cheap)
+    """Rounds over the calibrated, the corners and the held-out bursts in an order drawn once, so that a machine that
+    drifts drifts for all of them; and the dearest after all others, smallest first. A held-out burst that would not be
+    over by the deadline, by what the same with fewer containers took, is left out."""
+    by_size = sorted(HELD_OUT, key=lambda burst: burst.containers * burst.layers)
+    cheap = [burst for burst in by_size if burst.containers * burst.layers < _DEAR]
+    dear = by_size[len(cheap) :]
+    order = [*dict.fromkeys((*CALIBRATION, *CORNERS, *cheap))]
+    random.Random(7).shuffle(order)
+    needed = {*CALIBRATION, *CORNERS}
     not_run: list[Burst] = []
-    for repeat in range(_MOST_REPEATS):
-        progress(f"held out, round {repeat + 1} of at most {_MOST_REPEATS}")
-        for burst in cheap:
-            if _wanted(burst, runs):
-                _run_in_time(bench, burst, runs, deadline, not_run)
-    for burst in dear:
-        progress(f"held out, {burst}")
-        while _wanted(burst, runs) and _run_in_time(bench, burst, runs, deadline, not_run):
-            pass
+    with stage(_MOST_LAYERS) as bench:
+        for burst in (*CALIBRATION, *CORNERS):
+            run_at(bench, burst, None, runs)
+        for repeat in range(_MOST_REPEATS):
+            progress(f"round {repeat + 1} of at most {_MOST_REPEATS}")
+            for burst in order:
+                if burst in needed and _wanted(burst, runs) and time.monotonic() < deadline:
+                    run_at(bench, burst, None, runs)
+                elif burst not in needed and _wanted(burst, runs):
+                    _run_in_time(bench, burst, runs, deadline, not_run)
+        for burst in dear:
+            progress(f"held out, {burst}")
+            while _wanted(burst, runs) and _run_in_time(bench, burst, runs, deadline, not_run):
+                pass
     return not_run
 
 
@@ -129,6 +124,8 @@ def _wanted(burst: Burst, runs: BurstRuns) -> bool:
     if not known:
         return True
     due = next(n for least, n in _REPEATS if known[-1].wall_s >= least)
+    if burst in CALIBRATION:
+        due = _CALIBRATION_REPEATS
     return sum(run.quiet for run in known) < due and len(known) < _TRIES * due
 
 
@@ -159,7 +156,18 @@ def _expected_s(burst: Burst, runs: BurstRuns) -> float:
     return wall_s * (size / nearest) ** 2
 
 
-def _point(figure: BurstFigure, model: Model, figures: dict[Burst, BurstFigure]) -> Point:
+def repeatability(runs: Sequence[BurstRun]) -> float | None:
+    """How far the medians of every other run and of those between lie apart, as a fraction; None for a single run.
+
+    No model can be expected to be nearer to a median of so many runs than another median of as many.
+    """
+    if len(runs) < 2:
+        return None
+    one, other = (statistics.median(run.wall_s for run in half) for half in (runs[::2], runs[1::2]))
+    return abs(one / other - 1)
+
+
+def _point(figure: BurstFigure, model: Model, figures: dict[Burst, BurstFigure], repeated: float | None) -> Point:
     predicted = model.predict(figure.burst)
     return Point(
         figure.burst,
@@ -168,6 +176,7 @@ def _point(figure: BurstFigure, model: Model, figures: dict[Burst, BurstFigure])
         predicted.low,
         predicted.high,
         interpolate(figure.burst, figures),
+        repeated,
     )
 
 
@@ -177,6 +186,6 @@ def simulated_points(model: Model) -> Iterable[SimulatedPoint]:
         formula = burst_s(model.costs, burst, cpus=model.cpus, before=model.before)
         times = [
             simulate_burst(model.costs, burst, cpus=model.cpus, before=model.before, seed=seed)
-            for seed in range(_SIMULATIONS)
+            for seed in range(_SIMULATIONS[burst.strategy])
         ]
         yield SimulatedPoint(burst, formula, statistics.mean(times))

@@ -21,7 +21,10 @@ SCHEMA = "flatmount.cpu-validation/1"
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A held-out burst: measured, predicted, and by interpolation, in seconds. `error` is predicted/measured - 1."""
+    """A held-out burst: measured, predicted, and by interpolation, in seconds. `error` is predicted/measured - 1.
+
+    `repeated` is how far the medians of two halves of its repeats lie apart, as a fraction (None: it ran once).
+    """
 
     burst: Burst
     measured: Spread
@@ -29,6 +32,7 @@ class Point:
     low: float
     high: float
     interpolated: float
+    repeated: float | None = None
 
     @property
     def error(self) -> float:
@@ -75,6 +79,12 @@ class Validation:
         return statistics.median(abs(point.interpolation_error) for point in self.points)
 
     @property
+    def repeatability(self) -> float | None:
+        """The median of what two halves of the same repeats differ by: the floor under both errors."""
+        found = [point.repeated for point in self.points if point.repeated is not None]
+        return statistics.median(found) if found else None
+
+    @property
     def worst(self) -> Point:
         """The point that is most wrong, as a factor in either direction."""
         return max(self.points, key=lambda point: abs(math.log(point.predicted / point.measured.median)))
@@ -91,6 +101,7 @@ class Validation:
             **data,
             "median_error": self.median_error,
             "interpolation_error": self.interpolation_error,
+            "repeatability": self.repeatability,
             "worst": {"burst": to_data(worst.burst), "error": worst.error},
         }
 

@@ -39,7 +39,7 @@ class Program:
 
         Each run is what `run` takes; where `copies` is not 0, a task copies the mount namespace so often after it, from
         the namespace `template` or (-1) from the host's, and ends. A failed run is not undone, and outputs are closed.
-        Returns nanoseconds until all threads had ended, until each run (and its copies) was done, and for each run
+        Returns nanoseconds until the first thread ran, until each run (and its copies) was done, and for each run
         (operations done, mount operations done, place of the failure, errno, the kernel's message) with the errno of
         its copies. Raises OSError where the threads cannot be made.
         """

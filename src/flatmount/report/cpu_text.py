@@ -182,10 +182,12 @@ def validation_text(validation: Validation) -> str:
         for strategy, copies in groups
     ]
     simulated = sorted(abs(p.error) for p in validation.simulated)
+    floor = validation.repeatability
     parts = [
         f"calibrated on {', '.join(str(f.burst) for f in validation.calibrated)}",
         f"held out: {len(validation.points)} bursts in {validation.took_s:g} s; median error "
-        f"{validation.median_error:.1%}, interpolation through 24 points {validation.interpolation_error:.1%}",
+        f"{validation.median_error:.1%}, interpolation through 24 points {validation.interpolation_error:.1%}"
+        + (f"; two halves of the same repeats differ by {floor:.1%}" if floor is not None else ""),
         table(["strategy", "median error"], rows),
         f"worst: {_point_line(worst)}",
     ]
