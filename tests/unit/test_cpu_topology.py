@@ -79,6 +79,23 @@ def test_no_sysfs_is_one_line(tmp_path: Path) -> None:
     assert "mount sysfs" in caught.value.hint
 
 
+def test_masks_do_where_an_older_kernel_has_no_lists(tmp_path: Path) -> None:
+    grow("r5-metal", tmp_path)
+    expected = read_topology(str(tmp_path))
+    for path in [*tmp_path.rglob("*list"), *tmp_path.rglob("online")]:
+        if path.parent.name in ("cpu", "node") or path.name == "online":
+            path.unlink()
+            continue
+        number = sum(1 << n for n in parse_list(path.read_text()))
+        words = [f"{number >> 32 * i & 0xFFFFFFFF:08x}" for i in reversed(range(3))]
+        name = {"cpulist": "cpumap", "shared_cpu_list": "shared_cpu_map"}.get(path.name, path.name[: -len("_list")])
+        path.with_name(name).write_text(",".join(words) + "\n")
+        path.unlink()
+    found = read_topology(str(tmp_path))
+    assert (found.packages, found.nodes, found.cores) == (expected.packages, expected.nodes, expected.cores)
+    assert found.l3_domains == expected.l3_domains and found.cpus == expected.cpus
+
+
 def test_this_machine_is_read_too() -> None:
     found = read_topology()
     assert found.cpus and set(found.allowed) <= {cpu.number for cpu in found.cpus}

@@ -149,7 +149,7 @@ def read_topology(root: str = "/", *, allowed: Iterable[int] | None = None) -> T
     See: Documentation/ABI/stable/sysfs-devices-system-cpu, Documentation/admin-guide/cputopology.rst.
     """
     tree = _Tree(root)
-    online = tree.numbers(f"{_CPUS}/online")
+    online = tree.numbers(f"{_CPUS}/online") or _online(tree)
     if not online:
         raise FlatmountError(
             f"{os.path.join(root, _CPUS)}/online tells of no processor",
@@ -198,17 +198,41 @@ class _Tree:
         except ValueError:
             return ()
 
+    def cpus(self, lists: str, maps: str) -> tuple[int, ...]:
+        """Processors of a list, or of the older mask: hexadecimal words, the highest first."""
+        found = self.numbers(lists)
+        words = self.text(maps).split(",") if not found else []
+        try:
+            mask = int("".join(word.rjust(8, "0") for word in words) or "0", 16)
+        except ValueError:
+            return found
+        return found or tuple(n for n in range(mask.bit_length()) if mask >> n & 1)
+
+    def entries(self, path: str, prefix: str) -> tuple[int, ...]:
+        """N of the directories prefixN."""
+        try:
+            names = os.listdir(os.path.join(self.root, path))
+        except OSError:
+            return ()
+        rests = (name.removeprefix(prefix) for name in names if name.startswith(prefix))
+        return tuple(sorted(int(rest) for rest in rests if rest.isdigit()))
+
     def number(self, path: str, default: int) -> int:
         text = self.text(path)
         return int(text) if text.lstrip("-").isdigit() else default
 
 
+def _online(tree: _Tree) -> tuple[int, ...]:
+    """Without the summary file: every processor that has a directory and does not say that it is off."""
+    return tuple(n for n in tree.entries(_CPUS, "cpu") if tree.text(f"{_CPUS}/cpu{n}/online") != "0")
+
+
 def _nodes(tree: _Tree, online: tuple[int, ...]) -> tuple[Node, ...]:
-    numbers = tree.numbers(f"{_NODES}/online")
+    numbers = tree.numbers(f"{_NODES}/online") or tree.entries(_NODES, "node")
     nodes = tuple(
         Node(
             n,
-            tuple(cpu for cpu in tree.numbers(f"{_NODES}/node{n}/cpulist") if cpu in online),
+            tuple(cpu for cpu in tree.cpus(f"{_NODES}/node{n}/cpulist", f"{_NODES}/node{n}/cpumap") if cpu in online),
             tuple(map(int, tree.text(f"{_NODES}/node{n}/distance").split())),
         )
         for n in numbers
@@ -225,7 +249,9 @@ def _cpus(tree: _Tree, online: tuple[int, ...], nodes: tuple[Node, ...]) -> tupl
     for n in online:
         here = f"{_CPUS}/cpu{n}"
         topology = f"{here}/topology"
-        siblings = tree.numbers(f"{topology}/core_cpus_list") or tree.numbers(f"{topology}/thread_siblings_list")
+        siblings = tree.cpus(f"{topology}/core_cpus_list", f"{topology}/core_cpus") or tree.cpus(
+            f"{topology}/thread_siblings_list", f"{topology}/thread_siblings"
+        )
         package = max(tree.number(f"{topology}/physical_package_id", 0), 0)
         shared = _l3_cpus(tree, here) or tree.numbers(f"{topology}/package_cpus_list") or (-1 - package,)
         core = cores.setdefault(siblings or (n,), len(cores))
@@ -239,7 +265,7 @@ def _l3_cpus(tree: _Tree, here: str) -> tuple[int, ...]:
     for index in range(8):
         cache = f"{here}/cache/index{index}"
         if tree.text(f"{cache}/level") == "3":
-            return tree.numbers(f"{cache}/shared_cpu_list")
+            return tree.cpus(f"{cache}/shared_cpu_list", f"{cache}/shared_cpu_map")
     return ()
 
 
