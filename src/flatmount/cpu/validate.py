@@ -38,9 +38,10 @@ CORNERS = tuple(
     Burst(strategy, containers, layers, copies)
     for strategy, copies, containers, layers in itertools.product(STRATEGIES, (0, 2), (10, 50), (10, 100))
 )
-_CALIBRATION_REPEATS = 7
+_CALIBRATION_REPEATS = 21
 # What takes longer than a time is repeated so often.
-_REPEATS = ((0.7, 1), (0.1, 3), (0.0, 7))
+_SHORT_S, _MIDDLING_REPEATS = 0.1, 7
+_REPEATS = ((1.5, 1), (_SHORT_S, 3), (0.0, 7))
 _TRIES = 3
 _MOST_REPEATS = _TRIES * 7
 _MOST_LAYERS = 100
@@ -124,8 +125,8 @@ def _wanted(burst: Burst, runs: BurstRuns) -> bool:
     if not known:
         return True
     due = next(n for least, n in _REPEATS if known[-1].wall_s >= least)
-    if burst in CALIBRATION:
-        due = _CALIBRATION_REPEATS
+    if burst in CALIBRATION and due > 1:
+        due = max(due, _CALIBRATION_REPEATS if known[-1].wall_s < _SHORT_S else _MIDDLING_REPEATS)
     return sum(run.quiet for run in known) < due and len(known) < _TRIES * due
 
 

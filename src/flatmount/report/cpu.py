@@ -153,7 +153,8 @@ def _bursts(bench: BenchResult) -> str:
     return _section(
         "A burst of containers",
         "Seconds until the last of C containers is up, all started together. Layer by layer the cost grows with the "
-        "square of C, because the mount table grows while each operation walks it; merged it hardly grows.",
+        "square of C: each clone of a layer looks at every mount beside it, and they get more. Merged, nothing "
+        "is cloned, and the cost grows with C alone.",
         *parts,
         _table(["burst", "ms", "range", "repeats"], (_burst_row(f) for f in bench.bursts)),
     )
@@ -241,7 +242,7 @@ def _model(validation: Validation | None) -> str:
     text = (
         f"Six bursts calibrate the model, {len(validation.points)} others were held out. Median error "
         f"{validation.median_error:.1%} (interpolation: {validation.interpolation_error:.1%}); the worst point is "
-        f"{worst.burst}, {worst.error:+.0%}. {validation.disturbance.line()}"
+        f"{worst.burst}, {worst.error:+.0%}. {_floor(validation)}{validation.disturbance.line()}"
     )
     named = [(_MEASURED, "held out"), (_CALIBRATED, "calibrated"), (_PREDICTED, "exactly right")]
     parameters = [
@@ -260,6 +261,11 @@ def _model(validation: Validation | None) -> str:
         _table(["", "parameter", "value", "unit", "source"], parameters),
         _table(heads, rows),
     )
+
+
+def _floor(validation: Validation) -> str:
+    floor = validation.repeatability
+    return f"Two halves of the same repeats differ by {floor:.1%} in the median. " if floor is not None else ""
 
 
 def _lines(bench: BenchResult) -> list[tuple[str, list[LockFigure]]]:
