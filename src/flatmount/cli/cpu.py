@@ -365,6 +365,8 @@ def _advise(args: argparse.Namespace) -> int:
     if args.kubernetes:
         feature_file, affinity = kubernetes(labels)
         print(f"\n# /etc/kubernetes/node-feature-discovery/features.d/flatmount\n{feature_file}\n{affinity}", end="")
+        pairs = " ".join(f"{name}={value}" for name, value in labels.items())
+        print(f"\n# without Node Feature Discovery: kubectl label node NODE {pairs}")
     return EXIT_FINE
 
 

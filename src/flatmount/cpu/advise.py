@@ -137,7 +137,10 @@ def _measured_pair(bench: BenchResult | None, question: Question, other: str) ->
 
 def _cap(question: Question, bench: BenchResult | None, model: Model | None) -> Advice:
     name, title = "cap", "a cap on concurrent starts"
-    how = ("flatmount storm --admit K", "kubelet: serializeImagePulls and a staged roll-out have the same effect")
+    how = (
+        "flatmount storm --admit K",
+        "a roll-out in waves (maxSurge, maxUnavailable); kubelet's serializeImagePulls caps pulls, not starts",
+    )
     measured = _measured_caps(bench)
     if measured is not None:
         free, best = measured

@@ -39,7 +39,7 @@ svg text.small { font-size: 10.5px; }
 .measured { --c: #1d6fd1; --dash: none; }
 .predicted { --c: #64748b; --dash: 6 3; }
 .calibrated { --c: #c2410c; --dash: none; }
-.calibrated .dot { stroke: var(--ink); stroke-width: 1.2; }
+.calibrated .dot { r: 5px; stroke: var(--ink); stroke-width: 1.4; }
 p.warning { color: #b42318; }
 summary { color: var(--soft); font-size: .9rem; cursor: pointer; margin-top: .6rem; }
 """
@@ -304,7 +304,9 @@ def _lock_latency(bench: BenchResult) -> str:
 
 def _axes(series: Sequence[Series], x: str, y: str) -> tuple[Axis, Axis]:
     points = [point for one in series for point in one.points]
-    return Axis.logarithmic(x, [p[0] for p in points]), Axis.logarithmic(y, [p[1] for p in points])
+    most = max((p[0] for p in points), default=2.0)
+    # Threads begin at one and end where the machine does, be that less than a decade.
+    return Axis(x, 1.0, max(2.0, most), log=True), Axis.logarithmic(y, [p[1] for p in points])
 
 
 def _or_none(value: float | None) -> str:
@@ -331,6 +333,11 @@ def _throughput(bench: BenchResult) -> str:
     )
 
 
+def _short(kind: Kind) -> str:
+    """A bar has room for seventeen letters to its left."""
+    return "test-test-and-set" if kind is Kind.TTAS else kind.value
+
+
 def _hand_off(bench: BenchResult) -> str:
     most = {f.placement: f.threads for f in sorted(bench.locks, key=lambda f: f.threads)}
     chosen = [f for f in bench.locks if f.hand_off is not None and 1 < f.threads == most[f.placement]]
@@ -339,7 +346,7 @@ def _hand_off(bench: BenchResult) -> str:
     bars = [
         Bar(
             f"k{i % len(_LOOKS)}",
-            f.kind.value if len(bench.placements) == 1 else f"{f.kind.value} {f.placement}",
+            _short(f.kind) if len(bench.placements) == 1 else f"{_short(f.kind)} {f.placement}",
             1e3 / f.ns.median,
             f"{1e3 / f.ns.median:.3g}  ({f.hand_off or 0:.0%} moved)",
         )
