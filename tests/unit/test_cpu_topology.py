@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,15 @@ def test_what_a_hypervisor_hides_is_said() -> None:
 def test_no_sysfs_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(FlatmountError, match="tells of no processor") as caught:
         read_topology(str(tmp_path))
-    assert "mount sysfs" in caught.value.hint
+    assert "recorded tree" in caught.value.hint
+
+
+def test_without_sysfs_the_rest_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flatmount.cpu.topology._CPUS", "sys/nowhere")
+    found = read_topology()
+    assert {cpu.number for cpu in found.cpus} == os.sched_getaffinity(0) == set(found.allowed)
+    assert any("there is no sysfs" in line for line in found.hidden)
+    assert "there is no sysfs" in topology_text(found).replace("\n  ", " ")
 
 
 def test_masks_do_where_an_older_kernel_has_no_lists(tmp_path: Path) -> None:

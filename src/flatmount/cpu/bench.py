@@ -36,7 +36,7 @@ def run_bench(budget_s: float, *, bursts: bool = True, progress: Progress = lamb
 
     Pins threads to the processors this process may use, and (with `bursts`) mounts in a namespace of its own; nothing
     is left. What cannot be measured is left out and named in the result.
-    Raises: UsageError for a budget too small; FlatmountError without sysfs.
+    Raises: UsageError for a budget too small.
     """
     started = time.monotonic()
     topology = read_topology()

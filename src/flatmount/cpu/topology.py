@@ -145,16 +145,20 @@ def read_topology(root: str = "/", *, allowed: Iterable[int] | None = None) -> T
         root: where `sys` and `proc` are; another directory than / holds a recorded tree.
         allowed: processors that may be used; by default the calling thread's affinity mask, or on a recorded tree all.
 
-    Raises: FlatmountError where there is no sysfs.
+    Without sysfs, processors are those of the affinity mask, and `hidden` says what is not known.
+
+    Raises: FlatmountError for a recorded tree that tells of no processor.
     See: Documentation/ABI/stable/sysfs-devices-system-cpu, Documentation/admin-guide/cputopology.rst.
     """
     tree = _Tree(root)
     online = tree.numbers(f"{_CPUS}/online") or _online(tree)
-    if not online:
+    described = bool(online)
+    if not described and root != "/":
         raise FlatmountError(
             f"{os.path.join(root, _CPUS)}/online tells of no processor",
-            hint="mount sysfs on /sys; in a container, do not mask it",
+            hint="a recorded tree has sys/devices/system/cpu",
         )
+    online = online or tuple(sorted(os.sched_getaffinity(0)))
     nodes = _nodes(tree, online)
     cpus = _cpus(tree, online, nodes)
     if allowed is None:
@@ -175,8 +179,14 @@ def read_topology(root: str = "/", *, allowed: Iterable[int] | None = None) -> T
         hypervisor=hypervisor,
         allowed=tuple(sorted(here.intersection(allowed, _cgroup_cpus(tree) or here))),
         quota_cpus=_quota(tree),
-        hidden=_hidden(tree, cpus, hypervisor),
+        hidden=_hidden(tree, cpus, hypervisor) if described else (_NO_SYSFS,),
     )
+
+
+_NO_SYSFS = (
+    "there is no sysfs: sockets, nodes, caches and siblings are not known, and all processors are taken for one cache "
+    "domain; mount it on /sys, in a container do not mask it"
+)
 
 
 class _Tree:

@@ -116,6 +116,7 @@ def bench_text(bench: BenchResult) -> str:
         parts.append(table(["core to core", "ns one way", "home", "node"], rows))
     if bench.bursts:
         parts.append(table(["burst", "ms", "operations/s", "median container"], map(burst_row, bench.bursts)))
+    parts += [_wrapped(f"hidden: {line}") for line in bench.topology.hidden]
     parts += [_wrapped(f"left out: {line}") for line in bench.left_out]
     parts += _disturbed(bench.disturbance)
     return "\n\n".join(parts)
