@@ -60,6 +60,7 @@ def test_what_a_mount_holds_stays(own: CommandLine, target: Path) -> None:
     for _ in range(2):
         assert own.json("gc", "--yes", "--uppers") | {"schema": ""} == {
             "schema": "", "done": True, "layers": 0, "entries": 0, "size_bytes": 0, "images": [], "uppers": [],
+            "broken_pulls": [],
         }  # fmt: skip
     # Without its record, as after the run directory was lost, the mount itself still protects its upper.
     shutil.move(own.run_directory / "mounts/held.json", own.run_directory / "held.json")

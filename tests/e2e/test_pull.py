@@ -6,122 +6,27 @@ import base64
 import json
 import os
 import pty
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from flatmount.image.layer_tar import LayerTar
 from tests.e2e.conftest import CommandLine
-from tests.fake_registry import INDEX, FakeRegistry
-
-# perl -e 'print crypt("secret", q($2y$05$abcdefghijklmnopqrstuu))'
-SECRET = "me:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
-CONFIGURATION = """version: 0.1
-log: {{level: error}}
-storage: {{filesystem: {{rootdirectory: {place}/data}}}}
-http: {{addr: "127.0.0.1:{port}"}}
-{auth}
-"""
-AUTH = "auth: {{htpasswd: {{realm: here, path: {place}/htpasswd}}}}"
-
-
-def layer(number: int) -> bytes:
-    made = LayerTar()
-    made.file(f"etc/layer{number}", b"%d" % number * 1000)
-    return made.finish()
-
-
-LAYERS = [layer(number) for number in range(6)]
-
-
-@dataclass(frozen=True)
-class Running:
-    """A registry, and the layout that it was filled from."""
-
-    host: str
-    layout: Path
-
-    def fill(self, tag: str, *options: str) -> None:
-        source, target = f"oci:{self.layout}:{tag}", f"docker://{self.host}/team/app:{tag}"
-        command = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false", *options]
-        subprocess.run([*command, source, target], check=True, timeout=60)
-
-
-def write_layout(path: Path) -> Path:
-    """An image `v1`, and `many`, an index for this platform and another one."""
-    made = FakeRegistry()
-    one = made.put_image(LAYERS)
-    mine, foreign = made.put_image(LAYERS[:3]), made.put_image(LAYERS[3:], architecture="s390x")
-    platforms = [
-        mine | {"platform": {"os": "linux", "architecture": os.uname().machine.replace("x86_64", "amd64")}},
-        foreign | {"platform": {"os": "linux", "architecture": "s390x"}},
-    ]
-    many = made.put_manifest({"schemaVersion": 2, "mediaType": INDEX, "manifests": platforms}, kind=INDEX)
-    alone = made.put_manifest({"schemaVersion": 2, "mediaType": INDEX, "manifests": platforms[1:]}, kind=INDEX)
-    blobs = path / "blobs/sha256"
-    blobs.mkdir(parents=True)
-    for name, data in (made.blobs | {name: raw for name, (_, raw) in made.manifests.items()}).items():
-        (blobs / name.partition(":")[2]).write_bytes(data)
-    named = {"v1": one, "many": many, "alone": alone}
-    manifests = [
-        descriptor | {"annotations": {"org.opencontainers.image.ref.name": name}} for name, descriptor in named.items()
-    ]
-    (path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": manifests}))
-    (path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-    return path
-
-
-def start(place: Path, auth: str = "") -> tuple[subprocess.Popen[bytes], str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (place / "htpasswd").write_text(SECRET)
-    file = place / "registry.yml"
-    file.write_text(CONFIGURATION.format(place=place, port=port, auth=auth.format(place=place)))
-    process = subprocess.Popen(["docker-registry", "serve", file], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-            return process, f"127.0.0.1:{port}"
-        except OSError:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+from tests.registries import AUTH, Running, serving
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    place = tmp_path_factory.mktemp("registry")
-    process, host = start(place)
-    try:
-        running = Running(host, write_layout(place / "layout"))
-        running.fill("v1")
-        running.fill("many", "--all")
-        running.fill("alone", "--all")
+    with serving(tmp_path_factory.mktemp("registry"), "v1", "many", "alone") as running:
         yield running
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The same behind a password."""
-    place = tmp_path_factory.mktemp("guarded")
-    process, host = start(place, AUTH)
-    try:
-        running = Running(host, write_layout(place / "layout"))
-        running.fill("v1", "--dest-creds=me:secret")
+    with serving(tmp_path_factory.mktemp("guarded"), "v1", auth=AUTH, credentials="me:secret") as running:
         yield running
-    finally:
-        process.terminate()
-        process.wait(10)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from flatmount.image.registry_auth import Keychain
 from flatmount.image.registry_http import Patience
 from flatmount.image.registry_reference import Reference
 from flatmount.store import Progressed, Store, StoredImage
-from tests.fake_registry import FakeRegistry, Handler, half, serve, status, tampered
+from tests.fake_registry import FakeRegistry, Fault, Handler, half, serve, status, tampered
 
 HASTY = Patience(first_pause_s=0.001, longest_pause_s=0.01, idle_s=5.0)
 NODES = [
@@ -267,3 +267,150 @@ def test_a_pull_that_is_ended(registry: FakeRegistry, tmp_path: Path, how: signa
         assert not os.listdir(root / "v1/data/staging")
         assert not os.listdir(root / "v1/data/layers")
         assert len(pull(store, registry).layers) == 3
+
+
+def stalls_after(count: int) -> Fault:
+    """So many bytes of the rest, and then nothing until the other side is gone."""
+
+    def fault(handler: Handler, body: bytes | None) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body or b"")))
+        handler.end_headers()
+        handler.wfile.write((body or b"")[:count])
+        handler.wfile.flush()
+        handler.rfile.read(1)
+        handler.close_connection = True
+
+    return fault
+
+
+def kept(store: Store) -> dict[str, int]:
+    return {partial.digest: partial.size_bytes for partial in store.broken_pulls()}
+
+
+def killed_in(registry: FakeRegistry, root: Path, wanted: str, count: int) -> None:
+    """A pull that is killed when `count` bytes of the blob `wanted` and the others as a whole are on disk."""
+    registry.fault(wanted, stalls_after(count))
+    command = [sys.executable, "-m", "flatmount", "image", "pull", f"{registry.host}/app:v1", "--plain-http"]
+    with subprocess.Popen([*command, "--root", str(root)]) as running:
+        sizes = {layer["digest"]: layer["size"] for layer in json.loads(registry.manifests["v1"][1])["layers"]}
+        sizes[wanted] = count
+        deadline = time.monotonic() + 30
+        while {path.name: path.stat().st_size for path in (root / "v1").glob("partial/*")} != {
+            digest.replace(":", "-"): size for digest, size in sizes.items()
+        }:
+            assert time.monotonic() < deadline
+            assert running.poll() is None
+            time.sleep(0.01)
+        running.kill()
+
+
+def test_a_killed_pull_is_gone_on_with(registry: FakeRegistry, tmp_path: Path) -> None:
+    """What came is in the store's own place with its owner's rights; the next pull asks for the rest alone."""
+    root, wanted = tmp_path / "store", layer_digest(registry, 2)
+    killed_in(registry, root, wanted, 300_000)
+    registry.seen.clear()
+    place = root / "v1/partial"
+    assert stat.S_IMODE(place.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {0o600}
+    with Store.open(str(root)) as store:
+        assert kept(store)[wanted] == 300_000
+        assert store.check().findings == ()
+        assert len(pull(store, registry).layers) == 3
+        (asked,) = registry.asked(wanted)
+        assert asked.headers["Range"] == "bytes=300000-"
+        # The other two had come as a whole: they are not asked for again.
+        assert {seen.path.rpartition("/")[2] for seen in registry.asked("/blobs/")} == {
+            wanted,
+            json.loads(registry.manifests["v1"][1])["config"]["digest"],
+        }
+        assert kept(store) == {}
+        assert os.listdir(place) == []
+        assert store.check().findings == ()
+
+
+@pytest.mark.parametrize("answer", ["whole", "416"])
+def test_a_registry_without_ranges_starts_over(registry: FakeRegistry, tmp_path: Path, answer: str) -> None:
+    root, wanted = tmp_path / "store", layer_digest(registry, 2)
+    killed_in(registry, root, wanted, 100_000)
+    registry.ranges = False
+    if answer == "416":
+        registry.fault(wanted, status(416))
+    with Store.open(str(root)) as store:
+        image = pull(store, registry)
+        assert store.check().findings == ()
+        assert os.path.getsize(os.path.join(store.data, image.layers[2].path, "large")) == 700_000
+
+
+@pytest.mark.parametrize("spoiled", [0, 150_000, 299_999])
+def test_a_beginning_that_is_spoiled_is_fetched_again(registry: FakeRegistry, tmp_path: Path, spoiled: int) -> None:
+    """As after a power cut: the digest of the whole tells, and the same pull gets it right."""
+    root, wanted = tmp_path / "store", layer_digest(registry, 2)
+    killed_in(registry, root, wanted, 300_000)
+    with open(root / "v1/partial" / wanted.replace(":", "-"), "r+b") as file:
+        file.seek(spoiled)
+        file.write(b"\0")
+    registry.seen.clear()
+    with Store.open(str(root)) as store:
+        pull(store, registry)
+        assert [seen.headers.get("Range") for seen in registry.asked(wanted)] == ["bytes=300000-", None]
+        assert store.check().findings == ()
+        assert kept(store) == {}
+
+
+def test_a_lost_registry_leaves_what_came_and_bad_bytes_do_not_stay(store: Store, registry: FakeRegistry) -> None:
+    wanted = layer_digest(registry, 2)
+    registry.fault(wanted, half, *(status(503),) * 30)
+    with pytest.raises(RegistryError, match="answers 503"):
+        pull(store, registry)
+    assert 0 < kept(store)[wanted] < 700_000
+    registry.faults.clear()
+    # What was kept is given up for that, once.
+    registry.fault(wanted, *[lambda handler, body: handler.answer(206, b"x", {"Content-Range": "bytes 0-0/10"})] * 2)
+    with pytest.raises(BadImage, match="10 bytes instead of"):
+        pull(store, registry)
+    assert wanted not in kept(store)
+    registry.fault(wanted, tampered)
+    with pytest.raises(BadImage, match="another digest"):
+        pull(store, registry)
+    assert wanted not in kept(store)
+    pull(store, registry)
+    assert kept(store) == {}
+
+
+def test_what_was_kept_goes_after_a_day_and_with_gc(store: Store, registry: FakeRegistry) -> None:
+    wanted = layer_digest(registry, 2)
+    for _ in range(2):
+        registry.fault(wanted, half, *(status(503),) * 30)
+        with pytest.raises(RegistryError):
+            pull(store, registry)
+        registry.faults.clear()
+        path = Path(store.root, "v1/partial", wanted.replace(":", "-"))
+        assert path.exists()
+        os.utime(path, (time.time() - 90_000,) * 2)
+        Store.open(store.root).close()
+        assert not path.exists()
+    assert store.broken_pulls(collect=True)
+    assert store.broken_pulls() == ()
+
+
+def test_two_pulls_of_one_blob_at_once(store: Store, registry: FakeRegistry) -> None:
+    """The second one cannot have the file, and does without."""
+    held = Held()
+    registry.fault(layer_digest(registry, 2), held)
+    with Store.open(store.root) as other:
+        first = threading.Thread(target=pull, args=(other, registry))
+        first.start()
+        try:
+            deadline = time.monotonic() + 20
+            while not registry.asked(layer_digest(registry, 2)):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            pull(store, registry)
+            # In the first one's hands: no collection takes it.
+            assert store.broken_pulls(collect=True) == ()
+        finally:
+            held.gate.set()
+            first.join()
+        assert len(store.images()) == 1
+        assert os.listdir(os.path.join(store.root, "v1/partial")) == []

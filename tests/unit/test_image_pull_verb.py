@@ -22,7 +22,7 @@ class Source:
 
 
 def fetched(position: int, done: int, total: int, active: bool = True) -> Fetched:
-    return Fetched(position, f"sha256:{position:064x}", done, total, active)
+    return Fetched(position, f"sha256:{position:064x}", done, 0, total, active)
 
 
 def test_a_bar() -> None:

@@ -113,13 +113,13 @@ def unfetchable(registry: FakeRegistry, kind: type[FlatmountError], said: str, *
 # What should work.
 
 
-def test_an_image_by_tag(registry: FakeRegistry) -> None:
+def test_an_image_by_tag(registry: FakeRegistry, tmp_path: Path) -> None:
     with Pulled(registry) as image:
         assert image.name == f"{registry.host}/team/app:v1"
         assert image.config.cmd == ("/bin/sh",)
         assert image.manifest.digest == digest(registry.manifests["v1"][1])
         assert not registry.asked("blobs/" + image.manifest.layers[0].digest)
-        image.expect((0, 2), "/tmp")
+        image.expect((0, 2), str(tmp_path))
         assert is_whole(image)
         states = sorted(image.fetched(), key=lambda state: state.position)
         assert [state.done_bytes for state in states] == [each.size for each in image.manifest.layers]
@@ -164,7 +164,7 @@ def test_an_index_for_several_platforms(registry: FakeRegistry) -> None:
         assert image.config.architecture == "s390x"
 
 
-def test_layers_are_fetched_at_once_and_in_order(registry: FakeRegistry) -> None:
+def test_layers_are_fetched_at_once_and_in_order(registry: FakeRegistry, tmp_path: Path) -> None:
     """Two connections for two threads, and the third layer only when one of them is free."""
     gate, arrived = threading.Event(), threading.Semaphore(0)
 
@@ -175,7 +175,7 @@ def test_layers_are_fetched_at_once_and_in_order(registry: FakeRegistry) -> None
 
     with Pulled(registry) as image:
         registry.fault("/blobs/", held, held, held)
-        image.expect((0, 1, 2), "/tmp")
+        image.expect((0, 1, 2), str(tmp_path))
         assert arrived.acquire(timeout=10)
         assert arrived.acquire(timeout=10)
         assert not arrived.acquire(timeout=0.1)
@@ -188,13 +188,13 @@ def test_layers_are_fetched_at_once_and_in_order(registry: FakeRegistry) -> None
 
 
 def test_many_layers_wait_for_their_reader_in_bounded_number(
-    registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch
+    registry: FakeRegistry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("flatmount.image.registry_fetch._FETCHED_AHEAD", 3)
     layers = [b"%d" % number for number in range(12)]
     registry.put_image(layers, "many")
     with Pulled(registry, "app:many") as image:
-        image.expect(range(12), "/tmp")
+        image.expect(range(12), str(tmp_path))
         deadline = time.monotonic() + 10
         while sum(state.done_bytes > 0 for state in image.fetched()) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -288,7 +288,7 @@ def test_retry_after_is_waited_for_within_bounds() -> None:
     assert patience.pause_s(3) > patience.pause_s(0)
 
 
-def test_giving_up_does_not_wait_for_a_silent_registry(registry: FakeRegistry) -> None:
+def test_giving_up_does_not_wait_for_a_silent_registry(registry: FakeRegistry, tmp_path: Path) -> None:
     woken, arrived = threading.Event(), threading.Event()
 
     def silent(handler: Any, body: bytes | None) -> None:
@@ -302,7 +302,7 @@ def test_giving_up_does_not_wait_for_a_silent_registry(registry: FakeRegistry) -
 
     with Pulled(registry, patience=Patience(idle_s=30)) as image:
         registry.fault(image.manifest.layers[0].digest, silent)
-        image.expect((0, 1, 2), "/tmp")
+        image.expect((0, 1, 2), str(tmp_path))
         assert arrived.wait(10)
         started = time.monotonic()
     assert time.monotonic() - started < 4
@@ -446,11 +446,13 @@ def test_a_token_for_an_identity_token(registry: FakeRegistry, other: FakeRegist
     assert seen.form["service"] == ["reg, istry"]
 
 
-def test_a_token_that_ends_on_the_way_is_renewed_once_for_all(registry: FakeRegistry, other: FakeRegistry) -> None:
+def test_a_token_that_ends_on_the_way_is_renewed_once_for_all(
+    registry: FakeRegistry, other: FakeRegistry, tmp_path: Path
+) -> None:
     tokens(registry, other, "t1", "t2")
     with Pulled(registry) as image:
         registry.valid = {"Bearer t2"}
-        image.expect((0, 1, 2), "/tmp")
+        image.expect((0, 1, 2), str(tmp_path))
         assert is_whole(image)
     assert len(other.seen) == 2
 
@@ -717,7 +719,7 @@ def test_no_room_for_what_comes(registry: FakeRegistry, monkeypatch: pytest.Monk
 
 def test_a_fault_of_our_own_reaches_the_reader(registry: FakeRegistry) -> None:
     class Broken:
-        def blob(self, _: object) -> Iterator[bytes]:
+        def blob(self, *_: object) -> Iterator[bytes]:
             raise KeyError("fault")
 
     with Pulled(registry) as image:

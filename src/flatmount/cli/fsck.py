@@ -8,15 +8,21 @@ from contextlib import ExitStack
 from typing import Any
 
 from flatmount.cli.common import open_store, print_json, run_directory, store_options
+from flatmount.cli.image_pull import reachable
+from flatmount.config import Config, load
 from flatmount.errors import EXIT_FAILED, EXIT_FINE
-from flatmount.image import open_source
+from flatmount.image import ImageSource, open_source
+from flatmount.image.registry import open_registry, stored_image
+from flatmount.image.registry_reference import Reference
 from flatmount.rootfs.mounting import recover
-from flatmount.store import Checked, Finding, Repair, Store
+from flatmount.store import Checked, Finding, Origins, Part, Repair, Store
 
 _EXAMPLES = """examples:
   flatmount fsck                            every entry, with the content of every file
   flatmount fsck --quick                    all but the content
-  flatmount fsck --repair --source ./web    unpack bad layers again from the image they came from
+  flatmount fsck --repair                   bad layers of pulled images come from their registry again
+  flatmount fsck --repair --source ./web    or from a layout or archive of the image they came from
+  flatmount fsck --repair --from registry.example:5000/team/app
 """
 _PASSES = 8  # a layer that is linked to a bad one is seen to be bad when that one is right again
 
@@ -41,6 +47,16 @@ def add_parser(verbs: Any) -> None:
         metavar="PATH[:NAME]",
         help="where bad layers can be read again: an image layout or archive; may be repeated",
     )
+    parser.add_argument(
+        "--from",
+        dest="registries",
+        action="append",
+        default=[],
+        metavar="HOST/NAME[:TAG][@DIGEST]",
+        help="a registry's repository that has bad layers, or with a tag or digest an image there; may be repeated. "
+        "Behind these come the registries that the image was pulled from",
+    )
+    parser.add_argument("--plain-http", action="store_true", help="speak to registries without TLS")
     store_options(parser)
     parser.set_defaults(run=_run)
 
@@ -52,16 +68,46 @@ def _run(args: argparse.Namespace) -> int:
         repairs: list[Repair] = []
         if args.repair and checked.findings:
             recover(run_directory(), store)
-            sources = [open_source(source) for source in args.source]
-            for source in sources:
-                stack.callback(source.close)
-            repairs = _repair(store, checked, sources, args)
+            repairs = _repair(store, checked, _sources(store, checked, args, stack), args)
     if args.json:
         print_json("fsck", _facts(checked, repairs))
     else:
         _tell(checked, repairs, args.repair)
     bad = [repair for repair in repairs if not repair.done] if args.repair else checked.findings
     return EXIT_FAILED if bad else EXIT_FINE
+
+
+def _sources(store: Store, checked: Checked, args: argparse.Namespace, stack: ExitStack) -> list[ImageSource]:
+    """Where bad layers may be had again, in the order in which they are asked; `stack` closes them.
+
+    Of a registry that is no tag's or digest's, nothing is asked for but a bad layer, by its digest.
+    """
+
+    def opened(source: ImageSource) -> ImageSource:
+        stack.callback(source.close)
+        return source
+
+    sources = [opened(open_source(source)) for source in args.source]
+    named = {name for finding in checked.findings if finding.part is Part.LAYER for name in finding.images}
+    bad = {image.digest: image for image in store.images() if {image.name, image.digest} & named}
+    known = {digest: store.origins(image) for digest, image in bad.items()}
+    if not args.registries and not any(origins.references for origins in known.values()):
+        return sources
+    config = load()
+    for text in args.registries:
+        reference = Reference.parse(text)
+        if "@" in text or ":" in text.partition("/")[2]:
+            sources.append(opened(open_registry(reference, reachable(config, reference, args))))
+        else:
+            sources += [opened(_stored(reference, origins, config, args)) for origins in known.values()]
+    for origins in known.values():
+        for text in origins.references:
+            sources.append(opened(_stored(Reference.parse(text), origins, config, args)))
+    return sources
+
+
+def _stored(reference: Reference, origins: Origins, config: Config, args: argparse.Namespace) -> ImageSource:
+    return stored_image(reference, reachable(config, reference, args), origins.manifest_raw, origins.config_raw)
 
 
 def _check(store: Store, args: argparse.Namespace) -> Checked:
@@ -78,7 +124,7 @@ def _check(store: Store, args: argparse.Namespace) -> Checked:
             sys.stderr.write("\r\x1b[K")
 
 
-def _repair(store: Store, checked: Checked, sources: list[Any], args: argparse.Namespace) -> list[Repair]:
+def _repair(store: Store, checked: Checked, sources: list[ImageSource], args: argparse.Namespace) -> list[Repair]:
     """Until a check finds nothing that is new: what was repaired may show what depends on it."""
     repairs: list[Repair] = []
     findings = checked.findings
@@ -129,4 +175,4 @@ def _tell(checked: Checked, repairs: list[Repair], repairing: bool) -> None:
     how = "with their content" if checked.content else "without their content"
     print(f"{looked}, {how}: {len(checked.findings) or 'no'} finding{'s' if len(checked.findings) != 1 else ''}")
     if checked.findings and not repairing:
-        print("`flatmount fsck --repair --source IMAGE` repairs what it can")
+        print("`flatmount fsck --repair` repairs what it can; --source or --from names where layers are read again")

@@ -9,6 +9,7 @@ from typing import Any
 from flatmount.cli.common import open_store, print_json, run_directory, size, store_options
 from flatmount.cli.containers import recovered
 from flatmount.errors import EXIT_FINE
+from flatmount.image.partial import Partial
 from flatmount.rootfs.collecting import IdleUpper, Why, idle_uppers, remove_uppers
 from flatmount.rootfs.mounting import recover
 from flatmount.rootfs.records import Records
@@ -28,7 +29,8 @@ def add_parser(verbs: Any) -> None:
         "gc",
         help="free what no name, mount or container needs",
         description="Free images without a name and without a user, with the layers and trees that only they need, "
-        "and uppers of mounts that are gone. Says what it would do, unless --yes is given.",
+        "uppers of mounts that are gone, and what broken pulls left for the next one. Says what it would do, unless "
+        "--yes is given.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -49,15 +51,18 @@ def _run(args: argparse.Namespace) -> int:
         images = store.unused_images()
         found = idle_uppers(store, records, _containers)
         uppers = [upper for upper in found if upper.why is not Why.KEPT or args.uppers]
+        broken = store.broken_pulls(collect=args.yes)
         facts = _act(store, records, uppers) if args.yes else _plan(store, images, uppers)
+    facts["size_bytes"] += sum(partial.size_bytes for partial in broken)
     facts |= {
+        "broken_pulls": [{"digest": partial.digest, "size_bytes": partial.size_bytes} for partial in broken],
         "images": [image.digest for image in images],
         "uppers": [{"name": upper.name, "why": upper.why.value} for upper in uppers],
     }
     if args.json:
         print_json("gc", facts)
     else:
-        _tell(args.yes, images, uppers, facts)
+        _tell(args.yes, images, uppers, broken, facts)
     return EXIT_FINE
 
 
@@ -88,12 +93,20 @@ def _act(store: Store, records: Records, uppers: list[IdleUpper]) -> dict[str, A
     }
 
 
-def _tell(done: bool, images: tuple[StoredImage, ...], uppers: list[IdleUpper], facts: dict[str, Any]) -> None:
+def _tell(
+    done: bool,
+    images: tuple[StoredImage, ...],
+    uppers: list[IdleUpper],
+    broken: tuple[Partial, ...],
+    facts: dict[str, Any],
+) -> None:
     for image in images:
         print(f"image {image.digest}  {len(image.layers)} layers, no name, nobody uses it")
     for upper in uppers:
         print(f"upper {upper.name}  {size(upper.size_bytes)}, {upper.why.value}")
-    if not images and not uppers:
+    for partial in broken:
+        print(f"blob {partial.digest}  {size(partial.size_bytes)}, the beginning of it, of a pull that was broken off")
+    if not images and not uppers and not broken:
         print("nothing to free")
         return
     freed = f"{facts['layers']} layers, {facts['entries']} entries, {size(facts['size_bytes'])}"

@@ -15,6 +15,7 @@ from typing import Any
 from flatmount.cli.common import open_store, print_json, size, store_options
 from flatmount.config import DEFAULT_PATH, Config, load
 from flatmount.errors import EXIT_FINE
+from flatmount.image.model import Platform
 from flatmount.image.registry import RegistryImage, open_registry
 from flatmount.image.registry_reference import Reference
 from flatmount.store import Progressed, StoredImage
@@ -27,6 +28,7 @@ examples:
   flatmount image pull docker.io/library/debian:12
   flatmount image pull registry.example:5000/team/app@sha256:... --name app
   flatmount image pull localhost:5000/app --plain-http
+  flatmount image pull docker.io/library/debian:12 --platform linux/arm64
 """
 _BAR = 24
 _SHOWN = 8
@@ -38,12 +40,18 @@ def add_parser(verbs: Any) -> None:
     parser = verbs.add_parser(
         "pull",
         help="pull an image from a registry",
-        description="Pull an image from a registry. What the store has already is not fetched.",
+        description="Pull an image from a registry. What the store has already is not fetched, and with what a pull "
+        "fetched that was broken off the next one goes on.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("reference", metavar="HOST/NAME[:TAG][@DIGEST]", help="the image; without a tag, `latest`")
     parser.add_argument("--name", metavar="NAME", help="what the image is called in the store (default: HOST/NAME:TAG)")
+    parser.add_argument(
+        "--platform",
+        metavar="OS/ARCH[/VARIANT]",
+        help="which image, where there are several (default: this machine's)",
+    )
     parser.add_argument("--plain-http", action="store_true", help="speak to HOST without TLS")
     store_options(parser)
     parser.set_defaults(run=run)
@@ -52,11 +60,12 @@ def add_parser(verbs: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Resolve the reference, bring what is missing into the store, and say what is there now."""
     reference = Reference.parse(args.reference)
-    config = _configuration(args, reference)
+    platform = None if args.platform is None else Platform.parse(args.platform)
+    config = reachable(load(), reference, args)
     started = time.monotonic()
     # Opened first: a store that cannot be used is told before anything is fetched.
     with open_store(args, create=True) as store:
-        source = open_registry(reference, config)
+        source = open_registry(reference, config, platform=platform)
         try:
             with _bars(source) as progress:
                 image = store.import_from(source, name=args.name or source.name, progress=progress)
@@ -66,15 +75,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json("image-pull", facts)
     else:
+        kept = f", {size(facts['kept_bytes'])} were there from a broken pull" if facts["kept_bytes"] else ""
         print(
             f"{image.name or image.digest}: {facts['fetched_layers']} of {facts['layers']} layers fetched, "
-            f"{size(facts['fetched_bytes'])}, {facts['seconds']:.1f} s, {image.digest}"
+            f"{size(facts['fetched_bytes'])}{kept}, {facts['seconds']:.1f} s, {image.digest}"
         )
     return EXIT_FINE
 
 
-def _configuration(args: argparse.Namespace, reference: Reference) -> Config:
-    config = load()
+def reachable(config: Config, reference: Reference, args: argparse.Namespace) -> Config:
+    """The configuration, and what `--plain-http` says about the host of `reference`."""
     if not args.plain_http:
         return config
     host = dataclasses.replace(config.registry(reference.host), plain_http=True)
@@ -90,7 +100,8 @@ def _facts(image: StoredImage, reference: Reference, source: RegistryImage, seco
         "chain_id": image.chain_id,
         "layers": len(image.layers),
         "fetched_layers": len(fetched),
-        "fetched_bytes": sum(layer.done_bytes for layer in fetched),
+        "fetched_bytes": sum(layer.done_bytes - layer.kept_bytes for layer in fetched),
+        "kept_bytes": sum(layer.kept_bytes for layer in fetched),
         "dropped_xattrs": image.dropped_xattrs,
         "seconds": round(seconds, 3),
     }

@@ -57,8 +57,17 @@ class DockerArchive:
             paths,
         )
 
+    @property
+    def origin(self) -> str | None:
+        """See ImageSource.origin."""
+        return None
+
     def expect(self, positions: Sequence[int], directory: str) -> None:
         """See ImageSource.expect. Nothing has to be fetched."""
+
+    def forget(self, position: int) -> bool:
+        """See ImageSource.forget. Nothing was kept."""
+        return False
 
     def open_layer(self, position: int) -> BinaryIO:
         """See ImageSource.open_layer."""

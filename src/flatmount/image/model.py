@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import platform as host_platform
+import re
 from collections.abc import Mapping as AnyMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
-from flatmount.errors import BadImage
+from flatmount.errors import BadImage, UsageError
 from flatmount.image import digest as digests
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -40,6 +41,7 @@ LAYERS = frozenset(
 REF_NAME = "org.opencontainers.image.ref.name"
 DOCUMENT_BYTES = 4 << 20  # the limit that registries and engines put on a manifest
 MAX_LAYERS = 10_000
+_PLATFORM_PART = re.compile(r"[a-z0-9][a-z0-9_.]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,14 @@ class Platform:
     os: str = ""
     architecture: str = ""
     variant: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read OS/ARCH[/VARIANT], in Go's words. Raises: UsageError."""
+        parts = text.split("/")
+        if not 2 <= len(parts) <= 3 or not all(_PLATFORM_PART.fullmatch(part) for part in parts):
+            raise UsageError(f"{text[:80]!r} is not a platform", hint="write OS/ARCH[/VARIANT], such as linux/arm64/v8")
+        return cls(*parts)
 
     def __str__(self) -> str:
         return "/".join(part for part in (self.os, self.architecture, self.variant) if part) or "unknown"

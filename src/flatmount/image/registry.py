@@ -27,6 +27,7 @@ class RegistryImage:
     """One image of a registry. Nothing of its layers is fetched before somebody wants them."""
 
     name: str | None
+    origin: str | None
     manifest: model.Manifest
     config: model.ImageConfig
     config_raw: bytes
@@ -36,6 +37,10 @@ class RegistryImage:
     def expect(self, positions: Sequence[int], directory: str) -> None:
         """See ImageSource.expect."""
         self.fetcher.begin(positions, directory)
+
+    def forget(self, position: int) -> bool:
+        """See ImageSource.forget."""
+        return self.fetcher.forget(position)
 
     def open_layer(self, position: int) -> BinaryIO:
         """See ImageSource.open_layer. Its `read` raises RegistryError when the layer cannot be had."""
@@ -89,7 +94,32 @@ def open_registry(
         transport.close()
         raise
     fetcher = Fetcher(client, manifest.layers, config.pull.parallel_layers)
-    return RegistryImage(str(reference), manifest, parsed, config_raw, transport, fetcher)
+    return RegistryImage(str(reference), str(reference), manifest, parsed, config_raw, transport, fetcher)
+
+
+def stored_image(
+    reference: Reference,
+    config: Config,
+    manifest_raw: bytes,
+    config_raw: bytes,
+    *,
+    keychain: Keychain | None = None,
+    patience: Patience | None = None,
+) -> RegistryImage:
+    """An image whose documents are known, with the repository of `reference` as the place of its layers.
+
+    Nothing is asked for before a layer is wanted, and that layer alone then, by its digest: tags may have moved
+    meanwhile and the manifest may be gone. The caller closes it.
+
+    Raises: BadImage, where the documents are no image's.
+    """
+    manifest = model.manifest(manifest_raw, f"{reference.name}: manifest")
+    parsed = model.image_config(config_raw, f"{reference.name}: config {manifest.config.digest}")
+    check_layers(manifest, parsed, f"{reference.name}: manifest {manifest.digest}")
+    transport = Transport(config, patience or Patience())
+    client = Client(reference, config, keychain or Keychain(), transport)
+    fetcher = Fetcher(client, manifest.layers, config.pull.parallel_layers)
+    return RegistryImage(str(reference), str(reference), manifest, parsed, config_raw, transport, fetcher)
 
 
 def _manifest(client: Client, platform: model.Platform) -> model.Manifest:

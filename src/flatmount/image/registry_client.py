@@ -211,12 +211,12 @@ class Client:
             content_type = (response.header("Content-Type") or "").partition(";")[0].strip().lower()
             return Answer(raw, content_type, response.header("Docker-Content-Digest"))
 
-    def blob(self, wanted: Descriptor) -> Iterator[bytes]:
-        """The bytes of a blob in their order, gone on with where a connection broke; not verified.
+    def blob(self, wanted: Descriptor, start: int = 0) -> Iterator[bytes]:
+        """The bytes of a blob in their order from `start` on, gone on with where a connection broke; not verified.
 
         Raises: RegistryError when the registry does not go on, BadImage when it has another size.
         """
-        at, breaks, marked = 0, 0, 0
+        at, breaks, marked = start, 0, start
         while True:
             try:
                 for piece in self._from(wanted, at):
@@ -260,10 +260,9 @@ class Client:
 
     def _from(self, wanted: Descriptor, start: int) -> Iterator[bytes]:
         """The blob from `start`, out of one answer of the first place that has it."""
-        headers = {"Range": f"bytes={start}-"} if start else {}
         at = start
         for endpoint in self._asked():
-            with self._or_the_next(endpoint), endpoint.open(f"blobs/{wanted.digest}", headers) as response:
+            with self._or_the_next(endpoint), self._open_from(endpoint, wanted, start) as response:
                 # A registry that knows no ranges begins at the beginning.
                 skip = start - self._begins(response, wanted, start)
                 for piece in self._transport.pieces(response):
@@ -276,6 +275,19 @@ class Client:
                 raise _broken("the answer ended")
             if at > start:
                 raise _broken(f"the mirror {endpoint.host} stopped")
+
+    @contextlib.contextmanager
+    def _open_from(self, endpoint: Endpoint, wanted: Descriptor, start: int) -> Iterator[Response]:
+        """The answer of one place, from `start` if it can; as a whole from one that refuses ranges (416)."""
+        path = f"blobs/{wanted.digest}"
+        with contextlib.ExitStack() as stack:
+            try:
+                response = stack.enter_context(endpoint.open(path, {"Range": f"bytes={start}-"} if start else {}))
+            except Refused as error:
+                if error.status != 416 or not start:
+                    raise
+                response = stack.enter_context(endpoint.open(path, {}))
+            yield response
 
     def _begins(self, response: Response, wanted: Descriptor, start: int) -> int:
         """Where in the blob this answer begins, once it is clear that it is of the size that was promised."""
@@ -294,6 +306,6 @@ class Client:
 
 
 def _broken(why: str) -> Unanswered:
-    error = Unanswered(why, hint="try again; nothing was stored")
+    error = Unanswered(why, hint="try again: the next pull goes on from there; nothing was stored")
     error.passing = True
     return error

@@ -1,7 +1,8 @@
 """Layers on their way: fetched side by side, read while they come.
 
-What comes before its reader wants it waits in unnamed files (O_TMPFILE): they cost memory first and disk only when
-memory is short, and a process that is killed leaves none behind.
+What comes before its reader wants it waits in files: they cost memory first and disk only when memory is short. They
+have names (see flatmount.image.partial), so that what came of a layer is there for the next attempt when this one is
+killed or loses the registry; where somebody else writes the same blob already, the file has none.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import BinaryIO, Final, cast
 
 from flatmount.errors import FlatmountError, from_os_error
 from flatmount.image.model import Descriptor
+from flatmount.image.partial import drop_partial, open_partial
 from flatmount.image.registry_client import Client
 from flatmount.image.registry_http import Interrupted
 
@@ -26,11 +28,12 @@ _JOIN_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Fetched:
-    """How far the fetching of layer `position`, from 0, is; bytes."""
+    """How far the fetching of layer `position`, from 0, is; bytes. `kept_bytes` of them an earlier attempt fetched."""
 
     position: int
     digest: str
     done_bytes: int
+    kept_bytes: int
     total_bytes: int
     active: bool
 
@@ -42,6 +45,7 @@ class Fetcher:
         self._client = client
         self._layers = layers
         self._parallel = parallel
+        self._directory: str | None = None
         self._changed = threading.Condition()
         self._waiting: deque[Spool] = deque()
         self._spools: dict[int, Spool] = {}
@@ -50,7 +54,11 @@ class Fetcher:
         self._closed = False
 
     def begin(self, positions: Sequence[int], directory: str | None) -> None:
-        """Start to fetch these layers; what comes early is kept in unnamed files on `directory`'s file system."""
+        """Start to fetch these layers, where earlier attempts ended; what comes is kept in files of `directory`.
+
+        Without a directory it is kept in unnamed files of the system's own for temporary ones.
+        """
+        self._directory = directory
         spools = [Spool(position, self._layers[position], directory, self._changed) for position in positions]
         with self._changed:
             self._waiting.extend(spools)
@@ -67,12 +75,18 @@ class Fetcher:
             spool = self._spools.get(position)
             known = spool is not None and not spool.taken
         if not known:
-            self.begin((position,), None)
+            self.begin((position,), self._directory)
         with self._changed:
             spool = self._spools[position]
             spool.taken = True
             self._changed.notify_all()
         return cast(BinaryIO, spool)
+
+    def forget(self, position: int) -> bool:
+        """Give the name of a layer's file back; whether its bytes began with those of an earlier attempt."""
+        with self._changed:
+            spool = self._spools.get(position)
+        return spool is not None and spool.forget()
 
     def states(self) -> tuple[Fetched, ...]:
         """How far every layer is that was asked for."""
@@ -99,9 +113,10 @@ class Fetcher:
     def _work(self) -> None:
         while (spool := self._next()) is not None:
             try:
-                spool.start()
-                for piece in self._client.blob(spool.descriptor):
-                    spool.put(piece)
+                start = spool.start()
+                if start < spool.descriptor.size:
+                    for piece in self._client.blob(spool.descriptor, start):
+                        spool.put(piece)
                 spool.end(None)
             except FlatmountError as error:
                 spool.end(error)
@@ -143,19 +158,37 @@ class Spool(io.RawIOBase):
         self._changed = changed
         self._file: BinaryIO | None = None
         self._written = 0
+        self._kept = 0
+        self._named = False
         self._at = 0
         self._ended = False
         self._error: FlatmountError | None = None
 
-    def start(self) -> None:
-        """Make the file."""
-        file = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 - closed by close()
+    def start(self) -> int:
+        """Make the file, or open that of an earlier attempt; returns how many bytes are in it already."""
+        kept = None if self._directory is None else self._open_kept(self._directory)
+        if kept is None:
+            unnamed = tempfile.TemporaryFile(dir=self._directory, buffering=0)  # noqa: SIM115 - closed by close()
+        file, have = kept or (cast(BinaryIO, unnamed), 0)
         with self._changed:
             self.holds = True
             if self.closed:
                 file.close()
             else:
-                self._file = cast(BinaryIO, file)
+                self._file, self._named = file, kept is not None
+                self._kept = self._written = have
+            self._changed.notify_all()
+        return have
+
+    def _open_kept(self, directory: str) -> tuple[BinaryIO, int] | None:
+        opened = open_partial(directory, self.descriptor.digest, self.descriptor.size)
+        return None if opened is None else (cast(BinaryIO, os.fdopen(opened[0], "r+b", buffering=0)), opened[1])
+
+    def forget(self) -> bool:
+        """Give the file's name back; whether its bytes began with those of an earlier attempt."""
+        if self._named and self._directory is not None:
+            drop_partial(self._directory, self.descriptor.digest)
+        return self._kept > 0
 
     def put(self, piece: bytes) -> None:
         """Append `piece`. Raises: Interrupted, when nobody will read it any more."""
@@ -179,7 +212,7 @@ class Spool(io.RawIOBase):
     def state(self) -> Fetched:
         """See Fetched. The caller holds the condition's lock."""
         active = self._file is not None and not self._ended
-        return Fetched(self.position, self.descriptor.digest, self._written, self.descriptor.size, active)
+        return Fetched(self.position, self.descriptor.digest, self._written, self._kept, self.descriptor.size, active)
 
     def readable(self) -> bool:
         """See io.IOBase."""
@@ -207,6 +240,8 @@ class Spool(io.RawIOBase):
         """Give the file back; what is still to come is not wanted any more."""
         with self._changed:
             if self._file is not None:
+                if not self._written:
+                    self.forget()
                 self._file.close()
                 self._file = None
             self.holds = False

@@ -14,6 +14,8 @@ from flatmount.image.archive import DockerArchive
 from flatmount.image.files import Files, open_files, read_document
 
 NESTING = 4  # indexes within indexes
+_ARM = ("v8", "v7", "v6", "v5")  # each runs what those behind it are for
+_UNSAID = {"arm64": "v8", "arm": "v7", "amd64": "v1"}  # the variant that an architecture without one means
 
 
 class ImageSource(Protocol):
@@ -35,10 +37,21 @@ class ImageSource(Protocol):
     def config_raw(self) -> bytes:
         """The bytes of the config."""
 
+    @property
+    def origin(self) -> str | None:
+        """The registry's reference under which it can be had again; None where it comes from no registry."""
+
     def expect(self, positions: Sequence[int], directory: str) -> None:
         """These layers will be opened, mostly in this order: a place that is far away begins to fetch them.
 
-        What comes early is kept in unnamed files on the file system of `directory`.
+        What comes is kept in files of `directory`, also behind a failure or a kill, so that another attempt goes on
+        where this one broke; `forget` ends that.
+        """
+
+    def forget(self, position: int) -> bool:
+        """What was kept of this layer is not for another attempt: it is in the store, bad, or in the way.
+
+        True when what was read began with bytes that an earlier attempt had kept: opened again, it may be another.
         """
 
     def open_layer(self, position: int) -> BinaryIO:
@@ -61,8 +74,17 @@ class LayoutImage:
     config_raw: bytes
     files: Files
 
+    @property
+    def origin(self) -> str | None:
+        """See ImageSource.origin."""
+        return None
+
     def expect(self, positions: Sequence[int], directory: str) -> None:
         """See ImageSource.expect. Nothing has to be fetched."""
+
+    def forget(self, position: int) -> bool:
+        """See ImageSource.forget. Nothing was kept."""
+        return False
 
     def open_layer(self, position: int) -> BinaryIO:
         """See ImageSource.open_layer. Raises: BadImage, when the blob is missing or of another size."""
@@ -151,11 +173,21 @@ def select(candidates: tuple[model.Descriptor, ...], platform: model.Platform, w
     if len(images) == 1 and not images[0].platform.os:
         return images[0]
     fitting = [d for d in images if (d.platform.os, d.platform.architecture) == (platform.os, platform.architecture)]
-    exact = [d for d in fitting if d.platform.variant == platform.variant] or fitting
-    if exact:
-        return exact[0]
+    for variant in _runnable(platform):
+        exact = [d for d in fitting if variant in (d.platform.variant, None)]
+        if exact:
+            return exact[0]
     there = ", ".join(sorted({str(d.platform) for d in images})) or "nothing"
     raise BadImage(f"{where} has no image for {platform}", hint=f"it has {there}")
+
+
+def _runnable(platform: model.Platform) -> tuple[str | None, ...]:
+    """The variants that run on `platform`, the best first; None is whatever there is."""
+    if platform.architecture == "arm" and platform.variant in _ARM:
+        return (*_ARM[_ARM.index(platform.variant) :], "")
+    if platform.variant in ("", _UNSAID.get(platform.architecture)):
+        return (platform.variant, _UNSAID.get(platform.architecture, ""), "", None)
+    return (platform.variant, "")
 
 
 def _layout(files: Files, name: str | None, platform: model.Platform) -> LayoutImage:
@@ -211,8 +243,8 @@ def check_platform(config: model.ImageConfig, platform: model.Platform, where: s
     wanted = (platform.os, platform.architecture)
     if (config.os or platform.os, config.architecture or platform.architecture) != wanted:
         raise BadImage(
-            f"{where} is for {config.os}/{config.architecture}, this host is {platform}",
-            hint="import the image for this platform",
+            f"{where} is for {model.Platform(config.os, config.architecture, config.variant)}, not for {platform}",
+            hint=f"name an image that there is for {platform}",
         )
 
 

@@ -11,6 +11,7 @@ from flatmount.store.model import (
     StoredImage,
     StoredLayer,
 )
+from flatmount.store.origins import Origins
 from flatmount.store.repair import Repair
 from flatmount.store.store import Store
 
@@ -19,6 +20,7 @@ __all__ = [
     "Checked",
     "Finding",
     "Holder",
+    "Origins",
     "Owners",
     "Part",
     "Progress",

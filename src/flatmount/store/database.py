@@ -15,7 +15,7 @@ from typing import Any, Final
 from flatmount.errors import StoreError
 from flatmount.store.reserve import Reserve
 
-SCHEMA: Final = 3
+SCHEMA: Final = 4
 _BUSY_S: Final = 60.0
 _FREE_SPACE: Final = "free space or inodes on its file system and try again; nothing was changed"
 
@@ -108,6 +108,15 @@ _MIGRATIONS: Final = (
     );
     CREATE INDEX snapshots_by_parent ON snapshots (parent);
     CREATE INDEX snapshots_by_reference ON snapshots (reference) WHERE reference IS NOT NULL;
+    """,
+    # Registries that images were pulled from.
+    """
+    CREATE TABLE origins (
+        image TEXT NOT NULL REFERENCES images (digest) ON DELETE CASCADE,
+        reference TEXT NOT NULL,
+        seen_ns INTEGER NOT NULL,
+        PRIMARY KEY (image, reference)
+    ) WITHOUT ROWID;
     """,
 )
 

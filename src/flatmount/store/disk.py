@@ -6,6 +6,7 @@
         uppers/                      made by whoever mounts
         snapshots/N/                 the snapshot service's, which looks after them itself
         staging/N trash/             not yet and no longer visible
+    ROOT/v1/partial/        beginnings of blobs that a broken pull left; see flatmount.image.partial
     ROOT/v1/entries/N       what was unpacked into layers/N
     ROOT/v1/entries/N.tar   the archive of layers/N without its contents
     ROOT/v1/catalogue       0644, what everybody may know; see flatmount.store.catalogue
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from flatmount.errors import StoreError, from_os_error
+from flatmount.image import partial
 from flatmount.kernel.tree import RemovedTree, remove_tree, sync_filesystem
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -45,6 +47,7 @@ class Disk:
         self.root = root
         self.base = os.path.join(root, "v1")
         self.data = os.path.join(self.base, "data")
+        self.partial = os.path.join(self.base, "partial")
         self.base_fd = os.open(self.base, _DIRECTORY)
         try:
             self.data_fd = os.open("data", _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.base_fd)
@@ -112,7 +115,14 @@ class Disk:
     def free_bytes(self) -> int:
         """What the file system of the store has left."""
         status = os.fstatvfs(self.data_fd)
-        return status.f_bavail * status.f_frsize
+        # ramfs counts nothing.
+        return status.f_bavail * status.f_frsize if status.f_blocks else 1 << 62
+
+    def roomy(self) -> bool:
+        """Whether a tenth of the file system of the store is free: what only saves time may take room then."""
+        status = os.fstatvfs(self.data_fd)
+        inodes = not status.f_files or status.f_favail * 10 >= status.f_files
+        return inodes and status.f_bavail * 10 >= status.f_blocks
 
     def sync(self) -> None:
         """Everything written so far is on disk when this returns."""
@@ -188,10 +198,13 @@ class Disk:
         for kind in TREES:
             found += [f"data/{kind}/{name}" for name in _unknown(self._names(f"data/{kind}"), known[kind])]
         found += [f"entries/{name}" for name in _unknown(self._names("entries"), known["layers"])]
+        found += [f"partial/{name}" for name in partial.strangers(self.partial)]
         return tuple(found)
 
     def sweep(self, known: dict[str, set[int]]) -> None:
-        """Take away what the book does not know; as `strays`."""
+        """Take away what the book does not know, and what a pull kept that nobody came back for; as `strays`."""
+        with contextlib.suppress(OSError):
+            partial.collect_partials(self.partial, older_than_s=partial.KEPT_S)
         for path in self.strays(known):
             if path.startswith("data/"):
                 self._sweep_one(path.removeprefix("data/"))
@@ -234,7 +247,7 @@ def _create(root: str) -> None:
     for path, mode in ((root, 0o711), (os.path.join(root, "v1"), 0o711)):
         _make(path, mode)
     base = os.path.join(root, "v1")
-    for name in ("data", "entries", *(f"data/{name}" for name in _DATA)):
+    for name in ("data", "entries", "partial", *(f"data/{name}" for name in _DATA)):
         _make(os.path.join(base, name), 0o700)
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 
-from flatmount.errors import BadImage, FlatmountError, from_os_error
+from flatmount.errors import BadImage, FlatmountError, StoreError, from_os_error
 from flatmount.image import ImageSource, LayerStream, TarReader
 from flatmount.image import digest as digests
 from flatmount.store import entries
@@ -20,6 +20,7 @@ from flatmount.store.archives import ArchiveRecorder
 from flatmount.store.below import Below
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
+from flatmount.store.origins import book_origin
 from flatmount.store.unpack import Limits, Unpacked, unpack
 
 _ATTEMPTS = 3
@@ -67,6 +68,11 @@ def import_image(
                 run.stage()
                 run.commit(name)
                 return
+            except StoreError:
+                # There is no room, or nothing can be written: what only saves time does not stay.
+                run.undo()
+                run.forget()
+                raise
             except _Vanished:
                 run.undo()
                 if attempt + 1 == _ATTEMPTS:
@@ -90,26 +96,38 @@ def unpack_layer(
     """Unpack layer `position` of `image` to staging/`number` and write its entries; nothing is synced or in the book.
 
     `below` are the trees beneath it, topmost first, relative to the data directory; `ready` returns when they are
-    complete, and is called when the first of them is needed. Both digests are verified.
+    complete, and is called when the first of them is needed. Both digests are verified; a layer that is bad and began
+    with what an earlier attempt had kept is fetched and unpacked once more, as a whole.
     What a failure leaves is the caller's to discard. Raises: BadImage, StoreError, naming the layer.
     """
-    descriptor = image.manifest.layers[position]
-    diff_id = image.config.diff_ids[position]
-    label = f"layer {descriptor.digest}"
+    label = f"layer {image.manifest.layers[position].digest}"
     try:
-        stream = LayerStream(image.open_layer(position), descriptor, diff_id, report)
         try:
-            return _unpack_stream(disk, stream, number, diff_id, Below(disk.data_fd, below, ready))
+            return _unpack_once(disk, image, position, number, Below(disk.data_fd, below, ready), report)
         except BadImage:
-            # A damaged blob makes strange archives: say that it is damaged, if it is.
-            stream.check_blob()
-            raise
-        finally:
-            stream.close()
+            if not image.forget(position):
+                raise
+        disk.discard(f"staging/{number}")
+        return _unpack_once(disk, image, position, number, Below(disk.data_fd, below, ready), report)
     except FlatmountError as error:
         raise type(error)(f"{label}: {error}", hint=error.hint) from error
     except OSError as error:
         raise from_os_error(error, f"{label}: unpack") from error
+
+
+def _unpack_once(
+    disk: Disk, image: ImageSource, position: int, number: int, below: Below, report: Callable[[int], None] | None
+) -> Unpacked:
+    diff_id = image.config.diff_ids[position]
+    stream = LayerStream(image.open_layer(position), image.manifest.layers[position], diff_id, report)
+    try:
+        return _unpack_stream(disk, stream, number, diff_id, below)
+    except BadImage:
+        # A damaged blob makes strange archives: say that it is damaged, if it is.
+        stream.check_blob()
+        raise
+    finally:
+        stream.close()
 
 
 def _unpack_stream(disk: Disk, stream: LayerStream, number: int, diff_id: str, below: Below) -> Unpacked:
@@ -173,6 +191,7 @@ class _Import:
         self._chain = digests.chain_ids(image.config.diff_ids)
         self._placed: list[_Placed] = []
         self._numbers: list[int] = []
+        self._missing: list[int] = []
         self._given_up = threading.Event()
 
     def stage(self) -> None:
@@ -180,7 +199,8 @@ class _Import:
         there = self._there()
         missing = [position for position, number in enumerate(there) if number is None]
         self._numbers = list(self._database.next_numbers(len(missing))) if missing else []
-        self._image.expect(missing, os.path.join(self._disk.data, "staging"))
+        self._missing = missing
+        self._image.expect(missing, self._disk.partial)
         fresh = iter(self._numbers)
         numbers = [next(fresh) if number is None else number for number in there]
         kinds = ["staging" if number is None else "layers" for number in there]
@@ -191,6 +211,20 @@ class _Import:
             parent = self._chain[position - 1] if position else ""
             repeated = diff_id in diff_ids[:position]
             self._placed.append(_Placed(number, diff_id, parent, unpacked.get(position), repeated))
+        # Before the sync, which would only write it.
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing of what was fetched is kept for another attempt."""
+        for position in self._missing:
+            self._image.forget(position)
+
+    def _unpack(self, position: int, number: int, below: Sequence[str], ready: Callable[[], None]) -> Unpacked:
+        unpacked = unpack_layer(self._disk, self._image, position, number, below, self._reporter(position), ready)
+        # Until all layers are there, this one would have to be fetched again after a kill.
+        if not self._disk.roomy():
+            self._image.forget(position)
+        return unpacked
 
     def _side_by_side(self, missing: Sequence[int], numbers: Sequence[int], paths: Sequence[str]) -> list[Unpacked]:
         """Unpack several layers at once. One that must know what is beneath it waits for those beneath it.
@@ -202,10 +236,8 @@ class _Import:
         with ThreadPoolExecutor(min(_SIDE_BY_SIDE, os.cpu_count() or 1), "flatmount-unpack") as pool:
             try:
                 for position in missing:
-                    below, number = paths[:position][::-1], numbers[position]
-                    report, ready = self._reporter(position), partial(_wait_for, tuple(jobs))
-                    job = pool.submit(unpack_layer, self._disk, self._image, position, number, below, report, ready)
-                    jobs.append(job)
+                    below, ready = paths[:position][::-1], partial(_wait_for, tuple(jobs))
+                    jobs.append(pool.submit(self._unpack, position, numbers[position], below, ready))
                 ended = wait(jobs, return_when=FIRST_EXCEPTION).done
                 return [job.result() for job in jobs if job in ended]
             except BaseException:
@@ -293,6 +325,7 @@ class _Import:
             )
         if name is not None:
             db.execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (name, manifest.digest))
+        book_origin(db, manifest.digest, self._image.origin)
 
     def undo(self) -> None:
         """Leave the store as it was. Nothing of this is in the book."""

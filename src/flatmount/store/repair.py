@@ -6,12 +6,13 @@ import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from flatmount.errors import FlatmountError, InUse, StoreError, from_os_error
+from flatmount.errors import BadImage, FlatmountError, InUse, RegistryError, StoreError, from_os_error
 from flatmount.image import ImageSource
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
 from flatmount.store.fsck import Finding, Part
 from flatmount.store.importing import layer_facts, unpack_layer
+from flatmount.store.unpack import Unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ def repair(
 ) -> tuple[Repair, ...]:
     """Put right what can be, lower layers first.
 
-    A layer is unpacked again from that of `sources` which has it, under a new number, and takes the place of the
+    A layer is unpacked again from the first of `sources` which has it, under a new number, and takes the place of the
     bad one in all images; their flat trees are taken away and built again when they are next needed. Nothing that
     a container or a mount holds is replaced beneath it.
     """
@@ -85,13 +86,10 @@ def _replace_layer(disk: Disk, database: Database, finding: Finding, sources: Se
                 (old, old),
             )
         ]
-    found = next(((s, s.config.diff_ids.index(diff_id)) for s in sources if diff_id in s.config.diff_ids), None)
-    if found is None:
-        raise StoreError(f"no source has layer {diff_id}", hint="name one with --source: an image that has this layer")
     (new,) = database.next_numbers(1)
     with disk.working():
         try:
-            unpacked = unpack_layer(disk, *found, new, below)
+            unpacked = _unpack_again(disk, diff_id, sources, new, below)
             disk.sync()
             disk.publish("layers", [new])
             with database.transaction() as db:
@@ -114,6 +112,35 @@ def _replace_layer(disk: Disk, database: Database, finding: Finding, sources: Se
             disk.discard(tree)
         disk.drop_entries(old)
     return f"unpacked again, as data/layers/{new}"
+
+
+def _unpack_again(
+    disk: Disk, diff_id: str, sources: Sequence[ImageSource], number: int, below: Sequence[str]
+) -> Unpacked:
+    """From the first source that has the layer and gives it; of its image, only this layer is asked for."""
+    fitting = [
+        (source, source.config.diff_ids.index(diff_id)) for source in sources if diff_id in source.config.diff_ids
+    ]
+    if not fitting:
+        raise StoreError(
+            f"no source has layer {diff_id}", hint="name an image that has it: --source PATH or --from REGISTRY/NAME"
+        )
+    for at, (source, position) in enumerate(fitting, 1):
+        source.expect([position], disk.partial)
+        try:
+            unpacked = unpack_layer(disk, source, position, number, below)
+        except (BadImage, RegistryError):
+            disk.discard(f"staging/{number}")
+            disk.drop_entries(number)
+            if at == len(fitting):
+                raise
+        except StoreError:
+            source.forget(position)
+            raise
+        else:
+            source.forget(position)
+            return unpacked
+    raise AssertionError("the last one was had or raised")
 
 
 def _drop_flat_trees(db: sqlite3.Connection, layer: int) -> list[str]:

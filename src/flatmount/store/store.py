@@ -14,6 +14,7 @@ from flatmount.image import ImageSource, open_source
 from flatmount.image import digest as digests
 from flatmount.image.layout_writer import LayoutWriter
 from flatmount.image.model import image_config
+from flatmount.image.partial import Partial, collect_partials, partials
 from flatmount.kernel.tree import Flattened, RemovedTree, copy_tree, flatten
 from flatmount.plan.mapping import Mapping
 from flatmount.store.catalogue import publish
@@ -23,6 +24,7 @@ from flatmount.store.exporting import Told, export_images
 from flatmount.store.fsck import Checked, Finding, Report, check
 from flatmount.store.importing import Progress, import_image
 from flatmount.store.model import Holder, Owners, Removed, RootAttributes, Span, StoredImage, StoredLayer
+from flatmount.store.origins import Origins, book_origin, origins
 from flatmount.store.ranges import Ranges
 from flatmount.store.references import check_name, digest_prefix, resolve
 from flatmount.store.repair import Repair, repair
@@ -120,8 +122,8 @@ class Store:
             there = db.execute("SELECT 1 FROM images WHERE digest = ?", (digest,)).fetchone()
         if there is None:
             import_image(self._disk, self._database, image, name, progress)
-        elif name is not None:
-            self._rename(digest, name)
+        elif name is not None or image.origin is not None:
+            self._rename(digest, name, image.origin)
         self._publish()
         with self._database.reading() as db:
             return self._load(db, digest, name)
@@ -361,6 +363,17 @@ class Store:
         self._publish()
         return done
 
+    def origins(self, image: StoredImage) -> Origins:
+        """What is known of where an image came from; see flatmount.store.origins."""
+        return origins(self._database, image.digest)
+
+    def broken_pulls(self, *, collect: bool = False) -> tuple[Partial, ...]:
+        """What broken pulls left for the next one and nobody works on now; with `collect`, it is deleted."""
+        try:
+            return collect_partials(self._disk.partial) if collect else partials(self._disk.partial)
+        except OSError as error:
+            raise from_os_error(error, "delete what broken pulls left, in the store's") from error
+
     def unused_images(self) -> tuple[StoredImage, ...]:
         """Images that have no name and that nobody holds: what `collect` takes away."""
         with self._database.reading() as db:
@@ -402,9 +415,11 @@ class Store:
         if self._may_write():
             publish(self._disk.base, self._database, self.images)
 
-    def _rename(self, digest: str, name: str) -> None:
+    def _rename(self, digest: str, name: str | None, origin: str | None) -> None:
         with self._database.transaction() as db:
-            db.execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (name, digest))
+            if name is not None:
+                db.execute("INSERT OR REPLACE INTO names VALUES (?, ?)", (name, digest))
+            book_origin(db, digest, origin)
 
     def _resolve(self, db: sqlite3.Connection, reference: str) -> tuple[str, str | None]:
         row = db.execute("SELECT image FROM names WHERE name = ?", (reference,)).fetchone()
