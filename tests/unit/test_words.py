@@ -6,6 +6,9 @@ import errno
 import os
 import resource
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +35,23 @@ def test_help_names_the_variables_and_not_their_values(
     assert "$FLATMOUNT_ROOT or\n" in said or "$FLATMOUNT_ROOT or /var/lib/flatmount" in said
     assert "FLATMOUNT_RUN " in said
     assert "\n  flatmount storm demo --containers 200 --html storm.html\n" in said
+
+
+@pytest.mark.parametrize("options", [[], ["--debug"]])
+def test_a_verb_brings_its_own_modules_only(options: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom flatmount.cli.main import main\ntry:\n    main(sys.argv[1:])\nfinally:\n"
+        "    print(sorted({'urllib3', 'flatmount.cli.storm', 'flatmount.cli.image'} & set(sys.modules)))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", program, *options, "image", "list", "--root", str(tmp_path / "none")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert said.stdout == "['flatmount.cli.image']\n", said.stderr
+    assert "no store" in said.stderr
+    assert ("Traceback" in said.stderr) == bool(options)
 
 
 def test_no_room_for_a_user_namespace_is_no_full_disk() -> None:

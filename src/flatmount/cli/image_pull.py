@@ -10,15 +10,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flatmount.cli.common import open_store, print_json, size, store_options
 from flatmount.config import DEFAULT_PATH, Config, load
 from flatmount.errors import EXIT_FINE
 from flatmount.image.model import Platform
-from flatmount.image.registry import RegistryImage, open_registry
 from flatmount.image.registry_reference import Reference
 from flatmount.store import Progressed, StoredImage
+
+if TYPE_CHECKING:
+    from flatmount.image.registry import RegistryImage
 
 _EXAMPLES = f"""\
 Credentials are those of docker, podman and skopeo: $REGISTRY_AUTH_FILE, auth.json, ~/.docker/config.json and helpers.
@@ -59,6 +61,9 @@ def add_parser(verbs: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Resolve the reference, bring what is missing into the store, and say what is there now."""
+    # Here, because the HTTP client is most of what `flatmount image` would import, and only this verb needs it.
+    from flatmount.image.registry import open_registry
+
     reference = Reference.parse(args.reference)
     platform = None if args.platform is None else Platform.parse(args.platform)
     config = reachable(load(), reference, args)

@@ -51,8 +51,8 @@ exit codes: {EXIT_CODES}
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line; each verb's module adds its own part."""
+def parser(verbs: Sequence[str] = _VERBS) -> argparse.ArgumentParser:
+    """The command line with these verbs, all of them unless said; each verb's module adds its own part."""
     top = argparse.ArgumentParser(
         prog="flatmount",
         description="Container root file systems with a constant number of mounts.",
@@ -61,16 +61,22 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"flatmount {VERSION}")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = top.add_subparsers(title="verbs", metavar="VERB", required=True)
-    for verb in _VERBS:
-        importlib.import_module(f"flatmount.cli.{verb}").add_parser(verbs)
+    added = top.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in verbs:
+        importlib.import_module(f"flatmount.cli.{verb}").add_parser(added)
     return top
+
+
+def _needed(arguments: Sequence[str]) -> Sequence[str]:
+    """The verb that is asked for, alone: importing all of them takes longer than importing a small image."""
+    rest = [argument for argument in arguments[:2] if argument != "--debug"]
+    return rest[:1] if rest and rest[0] in _VERBS else _VERBS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code; see flatmount.errors for the table."""
     try:
-        args = parser().parse_args(argv)
+        args = parser(_needed(sys.argv[1:] if argv is None else argv)).parse_args(argv)
     except FlatmountError as error:
         return _tell(error)
     try:
