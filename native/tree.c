@@ -150,6 +150,32 @@ static PyObject *copy_tree(PyObject *self, PyObject *args)
 	return PyLong_FromUnsignedLongLong(entries);
 }
 
+static PyObject *create_file(PyObject *self, PyObject *args)
+{
+	int directory, failed;
+	unsigned int uid, gid, mode;
+	long long seconds;
+	long nanoseconds;
+	const char *name;
+	Py_buffer data;
+
+	if (!PyArg_ParseTuple(args, "iyy*IIILl:create_file", &directory, &name, &data, &uid, &gid, &mode, &seconds,
+			      &nanoseconds))
+		return NULL;
+	const struct fm_new_file file = {uid, gid, mode & 07777, {seconds, nanoseconds}};
+
+	Py_BEGIN_ALLOW_THREADS
+	failed = fm_create_file(directory, name, data.buf, (size_t)data.len, &file);
+	Py_END_ALLOW_THREADS
+	int number = errno;
+
+	PyBuffer_Release(&data);
+	if (!failed)
+		Py_RETURN_NONE;
+	errno = number;
+	return PyErr_SetFromErrno(PyExc_OSError);
+}
+
 static PyObject *sync_filesystem(PyObject *self, PyObject *arg)
 {
 	int fd = (int)PyLong_AsLong(arg), failed;
@@ -171,6 +197,8 @@ PyMethodDef fm_tree_methods[] = {
 	 "remove_tree(parent_fd, name) -> (entries, bytes)\n\nSee flatmount.kernel.tree."},
 	{"copy_tree", copy_tree, METH_VARARGS,
 	 "copy_tree(from_fd, to_fd, uids, gids) -> entries\n\nSee flatmount.kernel.tree."},
+	{"create_file", create_file, METH_VARARGS,
+	 "create_file(directory_fd, name, data, uid, gid, mode, seconds, nanoseconds) -> None\n\nSee flatmount.kernel.tree."},
 	{"sync_filesystem", sync_filesystem, METH_O, "sync_filesystem(fd) -> None\n\nsyncfs(2)."},
 	{NULL, NULL, 0, NULL},
 };

@@ -71,6 +71,17 @@ int fm_copy_entry(int from, const char *name, int to, const struct stat *st, con
 int fm_copy_directory_attributes(int from, int to, const struct stat *st, const struct fm_owner_map *map);
 int fm_copy_tree(int from, int to, const struct fm_owner_map *map, uint64_t *entries, struct fm_tree_error *error);
 
+/* What a new file is to be, beside its content. */
+struct fm_new_file {
+	uid_t uid;
+	gid_t gid;
+	mode_t mode;
+	struct timespec mtime;
+};
+
+/* Make `name` in `directory`, where it must not exist. A failure leaves what is there by then. */
+int fm_create_file(int directory, const char *name, const char *data, size_t size, const struct fm_new_file *file);
+
 struct fm_flat_counts {
 	uint64_t directories, links, copies;
 };

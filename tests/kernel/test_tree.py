@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import struct
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from own_namespace import MS_BIND, in_own_namespace, mount, umount
 from trees import facts, listing
 
 from flatmount.errors import MappingError
-from flatmount.kernel.tree import copy_tree, flatten, remove_tree
+from flatmount.kernel.tree import copy_tree, create_file, flatten, remove_tree
 from flatmount.plan.mapping import Mapping
 from flatmount.store import Store
 
@@ -32,6 +33,60 @@ def fill(path: Path, *names: str) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_text(name)
     return path
+
+
+@pytest.mark.parametrize("size", [0, 1, 4097, 1 << 20])
+def test_a_file_is_made_in_one_go(tmp_path: Path, base: int, size: int) -> None:
+    data = os.urandom(size)
+    before = os.umask(0o077)
+    try:
+        create_file(base, b"f", memoryview(data), owner=(1234, 70000), mode=0o6755, mtime_ns=1_500_000_000_123_456_789)
+        create_file(base, b"early", data, owner=(0, 0), mode=0o600, mtime_ns=-1)
+    finally:
+        os.umask(before)
+    made, early = os.stat(tmp_path / "f"), os.stat(tmp_path / "early")
+    assert Path(tmp_path, "f").read_bytes() == data
+    assert (stat.S_IMODE(made.st_mode), made.st_uid, made.st_gid) == (0o6755, 1234, 70000)
+    assert made.st_mtime_ns == made.st_atime_ns == 1_500_000_000_123_456_789
+    assert (stat.S_IMODE(early.st_mode), early.st_uid, early.st_gid, early.st_mtime_ns) == (0o600, 0, 0, -1)
+
+
+def test_a_file_is_made_nowhere_else(tmp_path: Path, base: int) -> None:
+    (tmp_path / "there").write_text("before")
+    (tmp_path / "link").symlink_to("elsewhere")
+    (tmp_path / "d").mkdir()
+    wanted = {
+        b"there": errno.EEXIST,
+        b"link": errno.EEXIST,
+        b"d": errno.EEXIST,
+        b"d/f": errno.EINVAL,
+        b"../f": errno.EINVAL,
+        b"/tmp/f": errno.EINVAL,
+        b"..": errno.EINVAL,
+        b".": errno.EINVAL,
+        b"": errno.EINVAL,
+        b"n" * 256: errno.ENAMETOOLONG,
+    }
+    before = listing(str(tmp_path))
+    for name, number in wanted.items():
+        with pytest.raises(OSError) as refusal:
+            create_file(base, name, b"x", owner=(0, 0), mode=0o644, mtime_ns=0)
+        assert refusal.value.errno == number, name
+    with pytest.raises(ValueError, match="null"):
+        create_file(base, b"a\0b", b"x", owner=(0, 0), mode=0o644, mtime_ns=0)
+    assert listing(str(tmp_path)) == before
+    assert (tmp_path / "there").read_text() == "before"
+
+
+def test_a_full_disk_is_said_and_closes_the_file(ram: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=256k", ram], check=True)
+    directory_fd = os.open(ram, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with pytest.raises(OSError) as refusal:
+            create_file(directory_fd, b"f", bytes(1 << 20), owner=(0, 0), mode=0o644, mtime_ns=0)
+        assert refusal.value.errno == errno.ENOSPC
+    finally:
+        os.close(directory_fd)
 
 
 def test_a_thousand_layers(tmp_path: Path) -> None:

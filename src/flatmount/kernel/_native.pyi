@@ -114,6 +114,17 @@ def remove_tree(parent_fd: int, name: str, /) -> tuple[int, int]: ...
 def copy_tree(
     from_fd: int, to_fd: int, uids: Sequence[tuple[int, int, int]], gids: Sequence[tuple[int, int, int]], /
 ) -> int: ...
+def create_file(
+    directory_fd: int,
+    name: bytes,
+    data: bytes | memoryview,
+    uid: int,
+    gid: int,
+    mode: int,
+    seconds: int,
+    nanoseconds: int,
+    /,
+) -> None: ...
 def sync_filesystem(fd: int, /) -> None: ...
 
 # locks.c. Kinds of locks by number: flatmount.cpu.locks.Kind.

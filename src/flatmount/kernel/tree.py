@@ -74,6 +74,21 @@ def copy_tree(from_fd: int, to_fd: int, mapping: Mapping) -> int:
     return _native.copy_tree(from_fd, to_fd, uids, gids)
 
 
+def create_file(
+    directory_fd: int, name: bytes, data: bytes | memoryview, *, owner: tuple[int, int], mode: int, mtime_ns: int
+) -> None:
+    """Make the file `name` in the borrowed directory `directory_fd`, with content, owner, mode and time, in one go.
+
+    `name` is one component, and nothing by that name may exist. `owner` is uid and gid; the time of access becomes
+    that of modification. Nothing is synced, and a failure leaves what is there by then.
+
+    Errors: OSError; EEXIST, when there is such a name; EINVAL for a name of more than one component, "." and "..".
+    Kernel: CAP_CHOWN for another owner than the caller; CAP_FSETID for its setuid and setgid bits.
+    """
+    seconds, nanoseconds = divmod(mtime_ns, 1_000_000_000)
+    _native.create_file(directory_fd, name, data, *owner, mode, seconds, nanoseconds)
+
+
 def sync_filesystem(fd: int) -> None:
     """Write all of the file system that the borrowed descriptor is on to disk, and wait: syncfs(2)."""
     _native.sync_filesystem(fd)
