@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from images import Node, char, directory, file, hardlink, layout_of, symlink
+from images import Node, archive, char, directory, file, hardlink, layout_of, symlink
 from own_namespace import in_own_namespace, mount, umount
 from trees import facts, listing
 
@@ -90,6 +91,41 @@ def test_an_entry_keeps_everything(store: Store, tmp_path: Path) -> None:
     assert image.owners.uids == ((0, 0), (3, 3), (5, 5), (7, 7), (9, 9), (1000, 1000))
     assert image.owners.gids == ((0, 0), (6, 6), (8, 8), (70000, 70000))
     assert image.files == 9
+
+
+def test_small_and_large_files_come_out_alike(store: Store, tmp_path: Path) -> None:
+    """Up to a mebibyte a file is made in one go, beyond it piece by piece; a large layer is read ahead."""
+    sizes = [0, 1, 511, 512, 513, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20]
+    contents = {f"f{size}": os.urandom(size) for size in sizes}
+    nodes = [
+        file(name, data, mode=0o4751, uid=1000, gid=70000, pax={"mtime": "1500000000.123456789"})
+        for name, data in contents.items()
+    ]
+    image = imported(store, tmp_path, nodes)
+    for name, data in contents.items():
+        path = Path(layer(store, image, 0), name)
+        status = path.stat()
+        assert path.read_bytes() == data
+        assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o4751, 1000, 70000)
+        assert status.st_mtime_ns == 1_500_000_000_123_456_789
+    assert not store.check().findings
+
+
+def test_a_large_layer_that_is_cut_or_forged_leaves_nothing(store: Store, tmp_path: Path) -> None:
+    """Read ahead, so that what is wrong is met on another thread than the one that makes files."""
+    data = archive([file("f", os.urandom(6 << 20)), file("g", "g")])
+    for number, layout_data in enumerate((data[: 5 << 20], data[: 6 << 20] + b"x" * 4096)):
+        with pytest.raises(BadImage, match="layer sha256:"):
+            store.import_image(layout_of(str(tmp_path / f"bad{number}"), [layout_data], ""))
+    good = layout_of(str(tmp_path / "good"), [data], "")
+    (blob,) = (path for path in Path(good, "blobs/sha256").iterdir() if path.stat().st_size > 1 << 20)
+    changed = bytearray(blob.read_bytes())
+    changed[3 << 20] ^= 1
+    blob.write_bytes(changed)
+    with pytest.raises(BadImage, match="another digest"):
+        store.import_image(good)
+    assert not os.listdir(os.path.join(store.data, "layers")) and not os.listdir(os.path.join(store.data, "staging"))
+    assert not [thread for thread in threading.enumerate() if thread.name == "flatmount-ahead"]
 
 
 def test_a_setgid_directory_does_not_lend_its_group(store: Store, tmp_path: Path) -> None:

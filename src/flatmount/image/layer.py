@@ -50,6 +50,11 @@ class LayerStream:
         self._size = 0
         self._pieces = self._decompressed()
 
+    @property
+    def size_bytes(self) -> int:
+        """What the descriptor says of the compressed size."""
+        return self._descriptor.size
+
     def read(self, _: int) -> bytes:
         """Some uncompressed bytes, none at the end.
 

@@ -20,6 +20,7 @@ BLOCK: Final = 512
 EXTENSION_BYTES: Final = 1 << 20  # of one PAX header, long name or sparse map, as in Go's archive/tar
 _EXTENSIONS: Final = 32  # headers before one entry; a writer needs three
 TRAILING_BYTES: Final = 64 << 20  # after the end of the archive; writers pad to a record of 10 KiB
+_REMEMBERED: Final = 4096  # numbers of headers: owners, modes and times are few
 _HINT: Final = "the archive is damaged or was made by a broken tool"
 
 
@@ -99,6 +100,16 @@ class _Input:
         self._keep(part)
         return part
 
+    def whole(self, size: int) -> bytes | memoryview:
+        """As `take`, but not kept, and not copied where it can be had as it lies."""
+        end = self._at + size
+        if end > len(self._chunk):
+            return b"".join(self.pieces(size))
+        part = self._chunk[self._at : end]
+        self._at = end
+        self.position += size
+        return part
+
     def pieces(self, size: int) -> Iterator[memoryview]:
         """The next `size` bytes without copying them; ends early only at the end of the stream."""
         while size:
@@ -139,6 +150,7 @@ class TarReader:
         self._left = 0
         self._padding = 0
         self._last = b""
+        self._numbers: dict[bytes, int] = {}
 
     @property
     def data_offset(self) -> int:
@@ -178,6 +190,16 @@ class TarReader:
             if not got:
                 raise self._bad("the archive ends within the content")
 
+    def content(self) -> bytes | memoryview:
+        """All of `data()` at once, for an entry that is known to be small."""
+        whole = self._input.whole(self._left)
+        if len(whole) != self._left:
+            raise self._bad("the archive ends within the content")
+        self._left = 0
+        if not self._claimed:
+            self._keep(whole)
+        return whole
+
     def _bad(self, what: str) -> BadImage:
         after = f" after {show(self._last)}" if self._last else ""
         return BadImage(f"tar entry at byte {self._input.position}{after}: {what}", hint=_HINT)
@@ -189,11 +211,13 @@ class TarReader:
         return block
 
     def _skip(self) -> None:
-        for _ in self.data():
-            pass
+        if self._left:
+            for _ in self.data():
+                pass
         # umoci ends an archive right after the last content; what is missing is nothing but zeros.
-        self._input.take(self._padding)
-        self._padding = 0
+        if self._padding:
+            self._input.take(self._padding)
+            self._padding = 0
 
     def _drain(self) -> None:
         """Whatever follows the end belongs to the digest and to nothing else."""
@@ -253,6 +277,9 @@ class TarReader:
 
     def _number(self, field: bytes, what: str, *, negative: bool = False) -> int:
         """Octal digits, or GNU's base 256 for what they cannot hold."""
+        known = self._numbers.get(field)
+        if known is not None:
+            return known
         if field[0] & 0x80:
             value = int.from_bytes(field, "big", signed=False) & ~(0x80 << 8 * (len(field) - 1))
             if field[0] & 0x40:
@@ -266,6 +293,8 @@ class TarReader:
             value = int(digits, 8)
         if not (-(1 << 62) if negative else 0) <= value < 1 << 62:
             raise self._bad(f"{what} {value} is out of range")
+        if value >= 0 and len(self._numbers) < _REMEMBERED:
+            self._numbers[field] = value
         return value
 
     def _decimal(self, text: bytes, what: str) -> int:

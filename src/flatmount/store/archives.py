@@ -37,18 +37,21 @@ class ArchiveRecorder:
     def __init__(self, fd: int) -> None:
         self._file = open(fd, "wb", closefd=False)  # noqa: SIM115 - closed by close()
         self._packed = zstandard.ZstdCompressor(level=3).stream_writer(self._file, closefd=False)
-        self._pending = bytearray()
+        self._raw = bytearray()
+        self._records = bytearray()
 
     def raw(self, data: bytes | memoryview) -> None:
         """Bytes of the archive that belong to no kept file."""
-        self._pending += data
-        if len(self._pending) >= _CHUNK:
+        self._raw += data
+        if len(self._raw) >= _CHUNK:
             self._flush()
 
     def content(self, path: bytes, stored: int) -> None:
         """The next `stored` bytes of the archive are what is in the layer's file `path`."""
-        self._flush()
-        self._packed.write(_RECORD.pack(_FILE, stored) + _LENGTH.pack(len(path)) + path)
+        self._end_raw()
+        self._records += _RECORD.pack(_FILE, stored) + _LENGTH.pack(len(path)) + path
+        if len(self._records) >= _CHUNK:
+            self._flush()
 
     def close(self) -> None:
         """Write what is left."""
@@ -56,10 +59,15 @@ class ArchiveRecorder:
         self._packed.flush(zstandard.FLUSH_FRAME)
         self._file.close()
 
+    def _end_raw(self) -> None:
+        if self._raw:
+            self._records += _RECORD.pack(_RAW, len(self._raw)) + self._raw
+            self._raw.clear()
+
     def _flush(self) -> None:
-        if self._pending:
-            self._packed.write(_RECORD.pack(_RAW, len(self._pending)) + self._pending)
-            self._pending = bytearray()
+        self._end_raw()
+        self._packed.write(self._records)
+        self._records.clear()
 
 
 def archive(fd: int, tree_fd: int, entries: Mapping[bytes, LayerEntry], diff_id: str) -> Iterator[bytes]:

@@ -10,6 +10,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from json.encoder import encode_basestring_ascii
 from typing import Any, Final, NamedTuple
 
 import zstandard
@@ -79,8 +80,10 @@ def _line(path: bytes, entry: LayerEntry) -> str:
     if entry.opaque:
         more["opaque"] = True
     letter = _LETTERS[entry.kind] if entry.kind is not None else _WHITEOUT_LETTER
-    fields = [_text(path), letter, entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.size, entry.digest]
-    return json.dumps([*fields, more] if more else fields, separators=(",", ":"))
+    # What json.dumps gives for the list, which makes a new encoder each time.
+    numbers = f"{entry.mode},{entry.uid},{entry.gid},{entry.mtime_ns},{entry.size}"
+    rest = "," + json.dumps(more, separators=(",", ":")) if more else ""
+    return f'[{encode_basestring_ascii(_text(path))},"{letter}",{numbers},"{entry.digest}"{rest}]'
 
 
 def _entry(line: str) -> tuple[bytes, LayerEntry]:

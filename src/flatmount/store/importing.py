@@ -15,6 +15,7 @@ from functools import partial
 from flatmount.errors import BadImage, FlatmountError, StoreError, from_os_error
 from flatmount.image import ImageSource, LayerStream, TarReader
 from flatmount.image import digest as digests
+from flatmount.image.ahead import ReadAhead
 from flatmount.store import entries
 from flatmount.store.archives import ArchiveRecorder
 from flatmount.store.below import Below
@@ -24,6 +25,7 @@ from flatmount.store.origins import book_origin
 from flatmount.store.unpack import Limits, Unpacked, unpack
 
 _ATTEMPTS = 3
+_AHEAD_BYTES = 4 << 20  # compressed; smaller layers run side by side as they are
 _SIDE_BY_SIDE = 4  # layers, each with up to 128 open directories
 
 
@@ -157,11 +159,24 @@ def _unpack_recorded(
     try:
         recorder = ArchiveRecorder(fd)
         try:
-            return unpack(TarReader(stream.read, recorder), target, below, limits)
+            return _unpack_ahead(stream, recorder, target, below, limits)
         finally:
             recorder.close()
     finally:
         os.close(fd)
+
+
+def _unpack_ahead(
+    stream: LayerStream, recorder: ArchiveRecorder, target: int, below: Below, limits: Limits
+) -> Unpacked:
+    """Fetching, decompressing and two digests on one thread, making files on this one."""
+    if stream.size_bytes < _AHEAD_BYTES or len(os.sched_getaffinity(0)) == 1:
+        return unpack(TarReader(stream.read, recorder), target, below, limits)
+    ahead = ReadAhead(stream.read)
+    try:
+        return unpack(TarReader(ahead.read, recorder), target, below, limits)
+    finally:
+        ahead.close()
 
 
 def layer_facts(unpacked: Unpacked) -> tuple[int | str | None, ...]:

@@ -23,6 +23,7 @@ from typing import Final
 
 from flatmount.errors import BadImage, FlatmountError, StoreError, from_os_error
 from flatmount.image.tar import Entry, Kind, TarReader, show
+from flatmount.kernel.tree import create_file
 from flatmount.store.attributes import Attributes, kept, read_xattrs, set_xattrs
 from flatmount.store.below import Below, Found
 from flatmount.store.entries import LayerEntry
@@ -34,6 +35,7 @@ _META: Final = b".wh..wh."  # AUFS's own files begin like this; only the opaque 
 _OPAQUE: Final = b".wh..wh..opq"
 _LAST_ID: Final = 2**32 - 2
 _CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_SMALL_BYTES: Final = 1 << 20  # held in memory at once
 _STORE_ERRORS: Final = frozenset(
     {
         errno.ENOSPC,
@@ -152,14 +154,15 @@ class _Unpacker:
         if not parts:
             self._take_root(entry)
             return
-        if any(part.startswith(_META) for part in parts) and parts[-1] != _OPAQUE:
-            return
-        if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
-            raise BadImage("an entry beneath a whiteout", hint="the image is malformed or hostile")
-        if parts[-1].startswith(_WHITEOUT):
-            self._hide(parts)
-        else:
-            self._place(entry, self._tree.parent(parts[:-1]), parts[-1], reader)
+        if _WHITEOUT in entry.name:
+            if any(part.startswith(_META) for part in parts) and parts[-1] != _OPAQUE:
+                return
+            if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
+                raise BadImage("an entry beneath a whiteout", hint="the image is malformed or hostile")
+            if parts[-1].startswith(_WHITEOUT):
+                self._hide(parts)
+                return
+        self._place(entry, self._tree.parent(parts[:-1]), parts[-1], reader)
 
     def _take_root(self, entry: Entry) -> None:
         if entry.kind is not Kind.DIRECTORY:
@@ -220,6 +223,13 @@ class _Unpacker:
         if entry.size > self._limits.file_bytes:
             raise BadImage(f"a file of {entry.size} bytes", hint=f"{self._limits.file_bytes} are possible")
         xattrs = self._kept_xattrs(entry)
+        self._size_bytes += entry.size
+        if entry.extents is None and entry.stored <= _SMALL_BYTES and not xattrs:
+            reader.claim(join(parent, name))
+            data = reader.content()
+            owner = (entry.uid, entry.gid)
+            create_file(self._tree.fd(parent), name, data, owner=owner, mode=entry.mode, mtime_ns=entry.mtime_ns)
+            return _file_entry(entry, hashlib.sha256(data).hexdigest())
         digest = hashlib.sha256()
         file = os.open(name, _CREATE, 0o600, dir_fd=self._tree.fd(parent))
         reader.claim(join(parent, name))
@@ -241,18 +251,7 @@ class _Unpacker:
             os.utime(file, ns=(entry.mtime_ns, entry.mtime_ns))
         finally:
             os.close(file)
-        self._size_bytes += entry.size
-        return LayerEntry(
-            Kind.FILE,
-            entry.mode,
-            entry.uid,
-            entry.gid,
-            entry.mtime_ns,
-            entry.size,
-            digest.hexdigest(),
-            xattrs=xattrs,
-            extents=entry.extents,
-        )
+        return _file_entry(entry, digest.hexdigest(), xattrs)
 
     def _make_special(self, entry: Entry, fd: int, name: bytes) -> LayerEntry:
         xattrs = self._kept_xattrs(entry)
@@ -374,6 +373,20 @@ _KINDS: Final = {
     stat.S_IFBLK: Kind.BLOCK,
     stat.S_IFIFO: Kind.FIFO,
 }
+
+
+def _file_entry(entry: Entry, digest: str, xattrs: Attributes = ()) -> LayerEntry:
+    return LayerEntry(
+        Kind.FILE,
+        entry.mode,
+        entry.uid,
+        entry.gid,
+        entry.mtime_ns,
+        entry.size,
+        digest,
+        xattrs=xattrs,
+        extents=entry.extents,
+    )
 
 
 def _spans(ids: Iterable[int]) -> tuple[tuple[int, int], ...]:
