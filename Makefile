@@ -53,7 +53,7 @@ conformance: $(READY) ## containerd's own suite against the snapshotter, in each
 	$(RUN)/pytest tests/conformance
 
 wire: $(READY) ## the Python of the snapshotter's wire format
-	$(RUN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src flatmount/snapshotter/wire/snapshots.proto
+	$(RUN)/python -m grpc_tools.protoc -Isrc --python_out=src --pyi_out=src src/flatmount/snapshotter/wire/*.proto
 
 bench: $(READY) ## the ratios, each measured in one run
 	$(RUN)/python -m bench

@@ -20,6 +20,8 @@ from flatmount.cli.main import main
 from flatmount.kernel.namespaces import enter_private_mounts
 from tests.snapshotting import Daemon, own_mounts, serving
 
+# Another containerd than the machine's: a directory with containerd, its shim and ctr.
+PATH = os.pathsep.join(filter(None, (os.environ.get("FLATMOUNT_CONTAINERD"), os.environ["PATH"])))
 LAYERS = 12
 FIRST = 400000
 NAMESPACE = "default"
@@ -32,8 +34,12 @@ class Containerd:
     directory: Path
     snapshotter: Daemon
 
+    @property
+    def program(self) -> str:
+        return shutil.which("ctr", path=PATH) or "ctr"
+
     def ctr_bytes(self, *arguments: str) -> bytes:
-        command = ["ctr", "--address", str(self.directory / "c.sock"), *arguments]
+        command = [self.program, "--address", str(self.directory / "c.sock"), *arguments]
         done = subprocess.run(command, capture_output=True, timeout=120, check=False)
         said = f"{arguments}: {done.stdout[-3000:]!r}\n{done.stderr.decode()}\n{self.snapshotter.log[-3000:]}"
         assert done.returncode == 0, said
@@ -45,7 +51,7 @@ class Containerd:
     def connected(self) -> None:
         """Wait until containerd, which backs off for some seconds, has found the restarted service again."""
         deadline = time.monotonic() + 30
-        asking = ["ctr", "--address", str(self.directory / "c.sock"), "snapshots", "--snapshotter", "flatmount"]
+        asking = [self.program, "--address", str(self.directory / "c.sock"), "snapshots", "--snapshotter", "flatmount"]
         while subprocess.run([*asking, "mounts", "/x", "survivor"], capture_output=True, check=False).returncode:
             assert time.monotonic() < deadline, self.snapshotter.log[-3000:]
             time.sleep(0.1)
@@ -110,13 +116,16 @@ def containerd(request: pytest.FixtureRequest) -> Iterator[Containerd]:
         (directory / "config.toml").write_text(text)
         with open(directory / "containerd.log", "wb") as log:
             process = subprocess.Popen(
-                ["containerd", "--config", str(directory / "config.toml")], stdout=log, stderr=subprocess.STDOUT
+                [shutil.which("containerd", path=PATH) or "containerd", "--config", str(directory / "config.toml")],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PATH": PATH},
             )
         engine = Containerd(directory, snapshotter)
         try:
             deadline = time.monotonic() + 30
             while subprocess.run(
-                ["ctr", "--address", str(directory / "c.sock"), "version"], capture_output=True, check=False
+                [engine.program, "--address", str(directory / "c.sock"), "version"], capture_output=True, check=False
             ).returncode:
                 assert time.monotonic() < deadline, (directory / "containerd.log").read_text()[-3000:]
                 time.sleep(0.1)

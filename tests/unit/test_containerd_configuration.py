@@ -87,3 +87,11 @@ def test_an_edit_of_somebody_else_survives(tmp_path: Path) -> None:
     file.write_text(file.read_text() + '[debug]\n  level = "debug"\n')
     main(["containerd", "uninstall", "--config", str(file)])
     assert tomllib.loads(file.read_text()) == {**tomllib.loads(FILES["others"]), "debug": {"level": "debug"}}
+
+
+def test_a_file_of_version_2_names_us_for_containerd_2_as_well() -> None:
+    """containerd 2.1.9 does not take CRI's snapshotter along from a file of version 2 without a runtime's table."""
+    for text in ("version = 2\n", FILES["cri 2"], FILES["cri 2 without"]):
+        plugins = tomllib.loads(install(text, SOCKET, cri=True))["plugins"]
+        assert plugins["io.containerd.grpc.v1.cri"]["containerd"]["snapshotter"] == "flatmount"
+        assert plugins["io.containerd.cri.v1.images"] == {"snapshotter": "flatmount"}

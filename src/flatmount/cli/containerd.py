@@ -9,10 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
-from flatmount.cli.common import json_option, print_json, run_directory
-from flatmount.errors import EXIT_FAILED, EXIT_FINE, FlatmountError
+from flatmount.cli.common import json_option, print_json, root_directory, run_directory, store_root_option
+from flatmount.config import SNAPSHOT_FORMS
+from flatmount.errors import EXIT_FAILED, EXIT_FINE, FlatmountError, MissingFeature, UsageError
+from flatmount.kernel.namespaces import enter_private_mounts
+from flatmount.observe.tiny_image import write_tiny_image
+from flatmount.rootfs.image import require_root
 from flatmount.snapshotter import containerd
 
 _BACKUP = ".before-flatmount"
@@ -49,8 +55,25 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "answers, and what this machine lacks. Exit 1 when something is amiss.",
     )
     _file_option(status)
+    store_root_option(status)
     json_option(status)
     status.set_defaults(run=_status)
+    prove = actions.add_parser(
+        "prove",
+        help="start a container of a tiny image through each door, and write down what was seen",
+        description="Start a containerd and a snapshotter of their own beside the machine's, start a container and a "
+        "pod with and without a user namespace, look at them from outside, and remove everything. What was seen is "
+        "kept in the store, where `status` finds it. Exit 1 when something was not right.",
+        epilog="example: flatmount containerd prove --engine /opt/containerd-2.1/bin",
+    )
+    prove.add_argument("--door", default="ctr,cri", metavar="DOOR,...", help="of ctr and cri (default: %(default)s)")
+    prove.add_argument(
+        "--engine", default="", metavar="DIR", help="where containerd, its shim and ctr are, before PATH"
+    )
+    prove.add_argument("--form", choices=SNAPSHOT_FORMS, default="auto", help="of the snapshotter (default: auto)")
+    store_root_option(prove)
+    json_option(prove)
+    prove.set_defaults(run=_prove)
     uninstall = actions.add_parser(
         "uninstall",
         help="put the configuration back",
@@ -128,6 +151,7 @@ def _status(args: argparse.Namespace) -> int:
     version = _engine_version()
     if version is None:
         findings.append("containerd is not installed here, or does not tell its version")
+    proofs = _proofs(root_directory(args))
     facts = {
         "config": args.config,
         "installed": asdict(found) if found is not None else None,
@@ -135,6 +159,7 @@ def _status(args: argparse.Namespace) -> int:
         "answers": answers,
         "containerd": ".".join(map(str, version)) if version else None,
         "mount_fuse3": shutil.which("mount.fuse3"),
+        "proofs": proofs,
         "findings": findings,
     }
     if args.json:
@@ -143,9 +168,51 @@ def _status(args: argparse.Namespace) -> int:
         print(f"{args.config}: {'has' if found and found.socket else 'does not have'} the snapshotter")
         print(f"{socket}: {'answers' if answers else 'does not answer'}")
         print(f"containerd {facts['containerd'] or 'unknown'}; mount.fuse3 {facts['mount_fuse3'] or 'missing'}")
+        for proof in proofs:
+            print(f"proven here: {_proof_line(proof)}")
+        if not proofs:
+            print("nothing was proven here yet; `flatmount containerd prove` does it")
         for finding in findings:
             print(f"finding: {finding}")
     return EXIT_FAILED if findings else EXIT_FINE
+
+
+def _prove(args: argparse.Namespace) -> int:
+    require_root("containerd prove")
+    try:
+        from flatmount.snapshotter.proof import DOORS, prove, record_proofs
+    except ModuleNotFoundError as error:
+        raise MissingFeature(f"a proof needs the package {error.name}", hint="install flatmount[snapshotter]") from None
+    doors = tuple(dict.fromkeys(args.door.split(",")))
+    if unknown := set(doors) - set(DOORS):
+        raise UsageError(f"there is no door {sorted(unknown)[0]!r}", hint=f"there are {', '.join(DOORS)}")
+    root = root_directory(args)
+    enter_private_mounts()
+    proofs = prove(
+        doors, lambda path, layers: write_tiny_image(path, layers, waits=True), form=args.form, programs=args.engine
+    )
+    record_proofs(root, proofs)
+    if args.json:
+        print_json("containerd.prove", {"proofs": [asdict(proof) for proof in proofs]})
+    else:
+        for proof in proofs:
+            print(_proof_line(asdict(proof)))
+    return EXIT_FAILED if any(proof.problem for proof in proofs) else EXIT_FINE
+
+
+def _proof_line(proof: Mapping[str, Any]) -> str:
+    what = f"{proof['engine']} by {proof['door']}, form {proof['form']}, "
+    what += "own user range" if proof["mapped"] else "no user range"
+    seen = f"does not work: {proof['problem']}" if proof["problem"] else f"works, {proof['mounts']} mounts"
+    return f"{what}: {seen} ({proof['proven_at']}, Linux {proof['kernel']})"
+
+
+def _proofs(root: str) -> list[dict[str, Any]]:
+    try:
+        from flatmount.snapshotter.proof import read_proofs
+    except ModuleNotFoundError:
+        return []
+    return [asdict(proof) for proof in read_proofs(root)]
 
 
 def _answers(socket: str) -> bool:

@@ -52,8 +52,17 @@ def section(version: int, socket: str, *, cri: bool) -> str:
     lines = [f"[proxy_plugins.{NAME}]", '  type = "snapshot"', f'  address = "{socket}"']
     lines.append('  capabilities = ["remap-ids"]')
     if cri:
-        lines += ["", f"[{_dotted(_CRI[version])}]", f'  snapshotter = "{NAME}"']
+        lines += ["", f"[{_dotted(_CRI[version])}]", f'  snapshotter = "{NAME}"', *_for_successors(version)]
     return "\n".join(lines) + "\n"
+
+
+def _for_successors(version: int) -> list[str]:
+    """What containerd 2.x needs in a file of version 2: its migration does not always take CRI's snapshotter along.
+
+    2.1.9 loses it where the file has no table of a runtime, and then takes its own overlayfs without a word. 1.x knows
+    no plugin of that name and passes over it.
+    """
+    return ["", f"[{_dotted(_CRI[3])}]", f'  snapshotter = "{NAME}"'] if version == 2 else []
 
 
 def install(text: str, socket: str, *, cri: bool) -> str:
@@ -75,6 +84,8 @@ def install(text: str, socket: str, *, cri: bool) -> str:
     if in_place:
         clean = _set_snapshotter(clean, _dotted(_CRI[version]))
     body = section(version, socket, cri=cri and not in_place)
+    if in_place and not _table(_parsed(clean), _CRI[3]):
+        body += "\n".join(_for_successors(version)) + "\n"
     made = clean + ("" if not clean or clean.endswith("\n") else "\n") + f"\n{BEGIN}\n{body}{END}\n"
     try:
         found = inspect(made)

@@ -1,0 +1,86 @@
+"""Kubernetes' door, from its outside: a client that starts one pod with one container, as a kubelet does.
+
+See: the public CRI, runtime.v1.RuntimeService.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+
+from flatmount.errors import FlatmountError
+from flatmount.plan.mapping import Mapping
+from flatmount.snapshotter.wire import cri_pb2 as wire
+
+_SERVICE = "runtime.v1.RuntimeService"
+_CALL_S = 60.0
+
+
+class Pods:
+    """Calls on containerd's socket. A context manager; pods that it started are the caller's to remove."""
+
+    def __init__(self, socket: str) -> None:
+        self._channel = grpc.insecure_channel(f"unix:{socket}")
+
+    def __enter__(self) -> Pods:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def run(self, name: str, *, mapping: Mapping | None = None) -> tuple[str, wire.PodSandboxConfig]:
+        """Start a pod in the host's network, or with a mapping in a user namespace and an empty network of its own.
+
+        Returns its id, and its configuration for `start`. Raises: FlatmountError with the engine's word.
+        """
+        config = wire.PodSandboxConfig(
+            metadata=wire.PodSandboxMetadata(name=name, uid=name, namespace="flatmount"),
+            linux=wire.LinuxPodSandboxConfig(
+                cgroup_parent=f"/flatmount/{name}",
+                security_context=wire.LinuxSandboxSecurityContext(namespace_options=_options(mapping)),
+            ),
+        )
+        return self._call("RunPodSandbox", wire.RunPodSandboxRequest(config=config), wire.Id).id, config
+
+    def start(self, pod: str, config: wire.PodSandboxConfig, image: str) -> str:
+        """Start a container of `image` in a pod. Returns its id. Raises: FlatmountError."""
+        options = config.linux.security_context.namespace_options
+        container = wire.ContainerConfig(
+            metadata=wire.ContainerMetadata(name="container"),
+            image=wire.ImageSpec(image=image),
+            linux=wire.LinuxContainerConfig(
+                security_context=wire.LinuxContainerSecurityContext(namespace_options=options)
+            ),
+        )
+        request = wire.CreateContainerRequest(pod_sandbox_id=pod, config=container, sandbox_config=config)
+        made: str = self._call("CreateContainer", request, wire.Id).id
+        self._call("StartContainer", wire.Id(id=made), wire.Nothing)
+        return made
+
+    def remove(self, pod: str) -> None:
+        """Stop a pod and remove it with its containers. Raises: FlatmountError."""
+        self._call("StopPodSandbox", wire.Id(id=pod), wire.Nothing)
+        self._call("RemovePodSandbox", wire.Id(id=pod), wire.Nothing)
+
+    def _call(self, method: str, request: Any, answer: Any) -> Any:
+        call = self._channel.unary_unary(f"/{_SERVICE}/{method}", type(request).SerializeToString, answer.FromString)
+        try:
+            return call(request, timeout=_CALL_S)
+        except grpc.RpcError as error:
+            raise FlatmountError(f"{method}: {error.details()}", hint="see containerd's log") from None
+
+
+def _options(mapping: Mapping | None) -> wire.NamespaceOption:
+    # The host's network takes no plugin, but a user namespace cannot have it.
+    options = wire.NamespaceOption(network=wire.NODE, pid=wire.CONTAINER, ipc=wire.POD)
+    if mapping is not None:
+        options.network = wire.POD
+        options.userns_options.CopyFrom(
+            wire.UserNamespace(
+                mode=wire.POD,
+                uids=[wire.IDMapping(host_id=r.host, container_id=r.container, length=r.size) for r in mapping.uids],
+                gids=[wire.IDMapping(host_id=r.host, container_id=r.container, length=r.size) for r in mapping.gids],
+            )
+        )
+    return options

@@ -1,0 +1,225 @@
+"""A containerd of our own beside the machine's, with our snapshot service as a proxy: to prove and to measure.
+
+Everything it has is below one directory, but for cgroups, which end with the containers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from flatmount.errors import FlatmountError, MissingFeature
+from flatmount.snapshotter import containerd
+
+PAUSE_IMAGE = "localhost/flatmount-pause:latest"
+_VERSION = re.compile(r"\bv?(\d+\.\d+\.\d+)")
+_START_S = 30.0
+_COMMAND_S = 120.0
+
+_TOP = """version = 2
+root = "{place}/root"
+state = "{place}/state"
+{disabled}
+[grpc]
+  address = "{place}/c.sock"
+[ttrpc]
+  address = "{place}/c.ttrpc"
+[plugins."io.containerd.nri.v1.nri"]
+  disable = true
+[plugins."io.containerd.internal.v1.opt"]
+  path = "{place}/opt"
+"""
+_NO_CRI = 'disabled_plugins = ["io.containerd.grpc.v1.cri"]'
+# Files of version 2 are read by every containerd from 1.3 on; 2.x turns them into its own.
+_CRI = """[plugins."io.containerd.grpc.v1.cri"]
+  sandbox_image = "{pause}"
+  stream_server_address = "127.0.0.1"
+  stream_server_port = "0"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+[plugins."io.containerd.grpc.v1.cri".cni]
+  conf_dir = "{place}/cni"
+  bin_dir = "{place}/cni/bin"
+[plugins."io.containerd.grpc.v1.cri".containerd]
+  default_runtime_name = "runc"
+"""
+# A pod in a user namespace has a network of its own, and CRI asks for plugins and an address. This one leaves it empty.
+_NETWORK = """{"cniVersion": "0.4.0", "name": "none", "plugins": [{"type": "flatmount-none"}]}
+"""
+_PLUGIN = """#!/bin/sh
+case "$CNI_COMMAND" in
+VERSION) echo '{"cniVersion": "0.4.0", "supportedVersions": ["0.3.1", "0.4.0", "1.0.0"]}' ;;
+ADD) cat <<END
+{"cniVersion": "0.4.0", "interfaces": [{"name": "$CNI_IFNAME", "sandbox": "$CNI_NETNS"}],
+ "ips": [{"version": "4", "address": "192.0.2.2/24", "interface": 0}]}
+END
+;;
+esac
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A running pair of containerd and our service. `path` is the PATH that its programs are found by."""
+
+    place: str
+    version: str
+    form: str
+    path: str
+    process: int
+    service: int
+
+    @property
+    def socket(self) -> str:
+        """containerd's."""
+        return f"{self.place}/c.sock"
+
+    @property
+    def snapshotter_socket(self) -> str:
+        """Our service's."""
+        return f"{self.place}/run/snapshotter.sock"
+
+    def command(self, *arguments: str) -> list[str]:
+        """A call of `ctr`."""
+        ctr = shutil.which("ctr", path=self.path)
+        if ctr is None:
+            raise MissingFeature("ctr is not installed", hint="install containerd's client")
+        return [ctr, "--address", self.socket, *arguments]
+
+    def ctr(self, *arguments: str) -> str:
+        """Run `ctr` and return what it said. Raises: FlatmountError with its last line."""
+        return call(*self.command(*arguments), path=self.path)
+
+    def take_image(
+        self, archive: str, name: str, *, namespace: str = "default", snapshotter: str = "flatmount"
+    ) -> None:
+        """Import an OCI archive with one image, and give it the name `name`."""
+        own = ("-n", namespace, "images")
+        options = ("--local",) if self.version.startswith("2") else ()
+        self.ctr(*own, "import", *options, "--snapshotter", snapshotter, archive)
+        found = [line for line in self.ctr(*own, "ls", "-q").split() if not line.startswith("sha256:")]
+        if name not in found:
+            self.ctr(*own, "tag", *options, found[-1], name)
+
+    def tasks(self, namespace: str = "default") -> dict[str, int]:
+        """Running containers and their processes, as seen from here."""
+        rows = [line.split() for line in self.ctr("-n", namespace, "tasks", "ls").splitlines()[1:]]
+        return {row[0]: int(row[1]) for row in rows if len(row) >= 3 and row[2] == "RUNNING"}
+
+    def remove(self, name: str, namespace: str = "default") -> None:
+        """Kill a container and remove it."""
+        self.ctr("-n", namespace, "tasks", "rm", "--force", name)
+        self.ctr("-n", namespace, "containers", "rm", name)
+
+
+@contextmanager
+def running_engine(place: str, *, form: str = "auto", cri: bool = False, programs: str = "") -> Iterator[Engine]:
+    """A containerd and a snapshot service of their own below the empty directory `place`, ended when the block is left.
+
+    Args:
+        place: absolute, 0711 or wider all the way: a runtime in a user namespace walks through it.
+        form: the service's.
+        cri: with Kubernetes' door, where our service is the snapshotter.
+        programs: a directory that containerd, its shim and ctr are taken from; "" for PATH.
+
+    Mounts are made in the calling thread's mount namespace. Raises: MissingFeature, FlatmountError.
+    """
+    path = os.pathsep.join(
+        filter(None, (programs, os.environ.get("PATH", os.defpath), "/usr/local/sbin:/usr/sbin:/sbin"))
+    )
+    program = shutil.which("containerd", path=path)
+    if program is None:
+        raise MissingFeature("containerd is not installed", hint="install it, or name a directory that has it")
+    version = engine_version(program)
+    store, run = f"{place}/store", f"{place}/run"
+    disabled = "" if cri else _NO_CRI
+    text = _TOP.format(place=place, disabled=disabled) + (_CRI.format(place=place, pause=PAUSE_IMAGE) if cri else "")
+    if cri:
+        _write_network(f"{place}/cni")
+    with open(f"{place}/config.toml", "w", encoding="utf-8") as file:
+        file.write(containerd.install(text, f"{run}/snapshotter.sock", cri=cri))
+    service_command = [sys.executable, "-P", "-m", "flatmount", "snapshotter", "--root", store, "--form", form]
+    environment = {**os.environ, "PATH": path}
+    service = _started(service_command, f"{place}/service.log", {**environment, "FLATMOUNT_RUN": run})
+    try:
+        _await(lambda: os.path.exists(f"{run}/snapshotter.sock"), service, f"{place}/service.log")
+        daemon = _started([program, "--config", f"{place}/config.toml"], f"{place}/containerd.log", environment)
+        try:
+            engine = Engine(place, version, form, path, daemon.pid, service.pid)
+            _await(lambda: _serves(engine), daemon, f"{place}/containerd.log")
+            yield engine
+        finally:
+            _end(daemon)
+    finally:
+        _end(service)
+
+
+def engine_version(program: str) -> str:
+    """The version that containerd's `program` tells. Raises: FlatmountError."""
+    said = call(program, "--version", path=os.environ.get("PATH", os.defpath))
+    found = _VERSION.search(said)
+    if found is None:
+        raise FlatmountError(f"{program} tells no version: {said.strip()!r}", hint="is it containerd?")
+    return found[1]
+
+
+def call(*command: str, path: str) -> str:
+    """Run a program and return its standard output. Raises: FlatmountError with its last line."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=_COMMAND_S, env={**os.environ, "PATH": path}
+        )
+    except subprocess.TimeoutExpired:
+        raise FlatmountError(
+            f"{os.path.basename(command[0])} has taken {_COMMAND_S:.0f} s", hint="see its log"
+        ) from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise FlatmountError(f"{os.path.basename(command[0])} said: {said[-1] if said else done.returncode}")
+    return done.stdout
+
+
+def _write_network(place: str) -> None:
+    os.makedirs(f"{place}/bin", exist_ok=True)
+    with open(f"{place}/10-none.conflist", "w", encoding="utf-8") as file:
+        file.write(_NETWORK)
+    for name in ("loopback", "flatmount-none"):
+        with open(f"{place}/bin/{name}", "w", encoding="utf-8") as file:
+            file.write(_PLUGIN)
+            os.fchmod(file.fileno(), 0o755)
+
+
+def _serves(engine: Engine) -> bool:
+    asking = engine.command("version")
+    return os.path.exists(engine.socket) and not subprocess.run(asking, capture_output=True, check=False).returncode
+
+
+def _started(command: Sequence[str], log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment)
+
+
+def _await(there: Callable[[], bool], process: subprocess.Popen[bytes], log: str) -> None:
+    deadline = time.monotonic() + _START_S
+    while not there():
+        if process.poll() is not None or time.monotonic() > deadline:
+            with open(log, encoding="utf-8", errors="replace") as file:
+                said = file.read().strip().splitlines()
+            raise FlatmountError(f"it does not start: {said[-1] if said else 'it said nothing'}", hint=f"see {log}")
+        time.sleep(0.02)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(_START_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,237 @@
+"""Proving on this machine that an engine starts containers from our snapshots, and the record of what was proven.
+
+A proof starts a containerd and a service of their own, a container through one door, and looks at it from outside: its
+root file system, the owners of its files, and how many mounts it added to the host's table.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flatmount.errors import FlatmountError, StoreError
+from flatmount.kernel.mounts import read_table
+from flatmount.kernel.tree import remove_tree
+from flatmount.plan.mapping import Mapping
+from flatmount.snapshotter.cri import Pods
+from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, running_engine
+
+DOORS = ("ctr", "cri")
+SCHEMA = "flatmount.containerd.proofs/1"
+_FILE = "proofs.json"
+_MAPPING = Mapping.single(1879048192)
+_LAYERS = 5
+_PLACE = "/var/tmp"
+_NAMES = {"ctr": "default", "cri": "k8s.io"}
+_SETTLE_S = 20.0
+
+
+class _NotOffered(Exception):
+    """The engine takes no notice of the range it was asked for: pods before containerd 1.7 have none."""
+
+
+WriteImage = Callable[[str, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What was seen through one door, with or without a user namespace.
+
+    `mounts` are those that one container added to the host's table, of a pod's sandbox and its container together.
+    `problem` is "" where everything was right.
+    """
+
+    door: str
+    engine: str
+    form: str
+    mapped: bool
+    mounts: int
+    problem: str
+    kernel: str
+    proven_at: str
+
+    @property
+    def key(self) -> tuple[str, str, str, bool]:
+        """A newer proof takes the place of one with the same key."""
+        return self.door, self.engine, self.form, self.mapped
+
+
+def prove(doors: Sequence[str], write_image: WriteImage, *, form: str = "auto", programs: str = "") -> list[Proof]:
+    """Prove each door, without a user namespace and with one. Leaves nothing behind but cgroup directories' names.
+
+    Args:
+        doors: of DOORS.
+        write_image: writes an OCI layout whose program waits, with a number of layers, to a path.
+        form: the service's form of answer.
+        programs: a directory with the engine's programs; "" for PATH.
+
+    What the engine has no way to be asked for is left out. Mounts are made in the calling thread's mount namespace.
+    Raises: MissingFeature; FlatmountError where the engine does not start. What fails behind that is a proof with a
+    problem.
+    """
+    with _place() as place:
+        write_image(f"{place}/image", _LAYERS)
+        archive = f"{place}/image.tar"
+        subprocess.run(["tar", "-C", f"{place}/image", "-cf", archive, "."], check=True)
+        work = f"{place}/engine"
+        os.mkdir(work, 0o711)
+        with running_engine(work, form=form, cri="cri" in doors, programs=programs) as engine:
+            made = (_proof(engine, door, mapping, archive) for door in doors for mapping in (None, _MAPPING))
+            return [proof for proof in made if proof is not None]
+
+
+@contextmanager
+def _place() -> Iterator[str]:
+    """A directory that a runtime in a user namespace can walk through. It is never deleted through a mount."""
+    path = tempfile.mkdtemp(prefix="flatmount-prove-", dir=_PLACE)
+    os.chmod(path, 0o711)
+    try:
+        yield path
+    finally:
+        parent = os.open(_PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            remove_tree(parent, os.path.basename(path))
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be removed: {error}", hint="unmount what is in it and remove it"
+            ) from error
+        finally:
+            os.close(parent)
+
+
+def _proof(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> Proof | None:
+    problem, mounts, before = "", 0, _mount_points()
+    try:
+        namespace = _NAMES[door]
+        engine.take_image(archive, PAUSE_IMAGE, namespace=namespace)
+        before = _mount_points()
+        begin = _ctr_container if door == "ctr" else _pod
+        with begin(engine, mapping) as (names, processes):
+            mounts = len(_mount_points() - before - _of_sandboxes(engine))
+            for name in names:
+                used = json.loads(engine.ctr("-n", namespace, "containers", "info", name))["Snapshotter"]
+                problem = problem or (
+                    "" if used == "flatmount" else f"it took the snapshotter {used!r} instead of ours"
+                )
+            for process in processes:
+                problem = problem or _looked_at(process, mapping)
+        problem = problem or _settled(before)
+    except _NotOffered:
+        _settled(before)
+        return None
+    except FlatmountError as error:
+        problem = error.line()
+    return Proof(
+        door=door,
+        engine=f"containerd {engine.version}",
+        form=engine.form,
+        mapped=mapping is not None,
+        mounts=mounts,
+        problem=problem,
+        kernel=platform.release(),
+        proven_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+@contextmanager
+def _ctr_container(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[list[str], list[int]]]:
+    options: list[str] = []
+    if mapping is not None:
+        options = ["--uidmap", str(mapping.uids[0]), "--gidmap", str(mapping.gids[0]), "--remap-labels"]
+    engine.ctr("run", "--detach", "--snapshotter", "flatmount", *options, PAUSE_IMAGE, "proof")
+    try:
+        yield ["proof"], [engine.tasks()["proof"]]
+    finally:
+        engine.remove("proof")
+
+
+@contextmanager
+def _pod(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[list[str], list[int]]]:
+    with Pods(engine.socket) as pods:
+        pod, config = pods.run("proof", mapping=mapping)
+        try:
+            container = pods.start(pod, config, PAUSE_IMAGE)
+            tasks = engine.tasks(_NAMES["cri"])
+            yield [pod, container], [tasks[pod], tasks[container]]
+        finally:
+            pods.remove(pod)
+
+
+def _mount_points() -> set[str]:
+    return {entry.mount_point for entry in read_table()}
+
+
+def _of_sandboxes(engine: Engine) -> set[str]:
+    """What CRI mounts for a pod besides root file systems: its shm, and names of its namespaces."""
+    state = f"{engine.place}/state/io.containerd.grpc.v1.cri/"
+    return {point for point in _mount_points() if point.startswith((state, "/run/netns/", "/var/run/netns/"))}
+
+
+def _looked_at(process: int, mapping: Mapping | None) -> str:
+    """What is wrong with a container, seen from outside; "" for nothing."""
+    root = f"/proc/{process}/root"
+    host = 0 if mapping is None else mapping.host_uid(0)
+    inside = Path(f"/proc/{process}/uid_map").read_text().split()
+    if mapping is not None and inside == ["0", "0", str(2**32 - 1)]:
+        raise _NotOffered
+    if inside[1] != str(host):
+        return f"the container's ids begin at {inside[1]}, not at {host}"
+    names = set(os.listdir(f"{root}/etc"))
+    wanted = {f"layer-{number}" for number in range(_LAYERS)}
+    if not wanted <= names:
+        return f"layers are missing: {sorted(wanted - names)}"
+    if {name for name in names if name.startswith("gone-")} != {f"gone-{_LAYERS - 1}"}:
+        return f"whiteouts are wrong: {sorted(names - wanted)}"
+    owner = os.stat(f"{root}/etc/layer-0").st_uid
+    if owner != host:
+        return f"a file of the container's root belongs to {owner}, not to {host}"
+    roots = [line for line in Path(f"/proc/{process}/mountinfo").read_text().splitlines() if line.split()[4] == "/"]
+    if len(roots) != 1 or " - overlay " not in roots[0]:
+        return f"its root is no overlay: {roots}"
+    return ""
+
+
+def _settled(before: set[str]) -> str:
+    deadline = time.monotonic() + _SETTLE_S
+    while left := _mount_points() - before:
+        if time.monotonic() > deadline:
+            return f"mounts stay behind: {sorted(left)[:3]}"
+        time.sleep(0.1)
+    return ""
+
+
+def read_proofs(root: str) -> list[Proof]:
+    """What was proven for the store at `root`, oldest first; a record that is damaged counts as none."""
+    try:
+        with open(os.path.join(root, _FILE), encoding="utf-8") as file:
+            record = json.load(file)
+        names = {field.name for field in fields(Proof)}
+        if record["schema"] != SCHEMA or any(set(one) != names for one in record["proofs"]):
+            return []
+        return [Proof(**one) for one in record["proofs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def record_proofs(root: str, proofs: Sequence[Proof]) -> None:
+    """Add to ROOT/proofs.json, whole or not at all. Raises: StoreError."""
+    known = {proof.key: proof for proof in (*read_proofs(root), *proofs)}
+    path = os.path.join(root, _FILE)
+    try:
+        os.makedirs(root, mode=0o711, exist_ok=True)
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            json.dump({"schema": SCHEMA, "proofs": [asdict(proof) for proof in known.values()]}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".new", path)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}", hint="name another --root") from error
