@@ -1,11 +1,17 @@
-"""Which lock a stack waits for: stacks recorded on 6.18, and as 5.15 and 6.1 name the same functions."""
+"""Which lock a stack waits for: on stacks recorded with the addresses of their locks on three kernels, and by hand."""
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
 import pytest
 
-from flatmount.observe.symbols import Lock, Work, normal, waited_for, working_on
+from flatmount.observe.symbols import MOUNT_LOCKS, Lock, Work, normal, waited_for, working_on
 
+RECORDED = Path(__file__).parents[1] / "data" / "stacks"
+BY_SYMBOL = ("6.1.0", "6.12.107")  # kernels that tell the addresses of their data
 WRITE, READ = "rwsem_down_write_slowpath down_write", "rwsem_down_read_slowpath down_read"
 SPIN, NATIVE = "__pv_queued_spin_lock_slowpath _raw_spin_lock", "native_queued_spin_lock_slowpath _raw_spin_lock"
 
@@ -96,3 +102,63 @@ def test_work_on_processors(stack: str, work: Work) -> None:
 )
 def test_names_without_what_is_appended(printed: str, name: str) -> None:
     assert normal(printed) == name
+
+
+class Waited(NamedTuple):
+    count: int
+    us: int
+    spins: bool
+    by_address: str
+    stack: tuple[str, ...]
+
+    @property
+    def lock(self) -> Lock:
+        return waited_for(self.stack, spins=self.spins)
+
+
+def recorded(kernel: str, *, switches: bool = False) -> list[Waited]:
+    found = []
+    for line in (RECORDED / f"{kernel}.txt").read_text().splitlines():
+        if not line.startswith("#"):
+            count, us, event, address, *stack = line.split()
+            if (event == "switch") is switches:
+                found.append(Waited(int(count), int(us), event == "spin", address, tuple(stack)))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("kernel", BY_SYMBOL)
+def test_the_functions_of_a_stack_say_what_the_address_of_its_lock_says(kernel: str) -> None:
+    names = [str(lock) for lock in MOUNT_LOCKS]
+    waits = recorded(kernel)
+    assert sum(one.us for one in waits if one.by_address == "namespace_sem") > 1_000_000
+    for one in waits:
+        said = str(one.lock) if one.lock in MOUNT_LOCKS else "another"
+        assert said == (one.by_address if one.by_address in names else "another"), one
+
+
+@pytest.mark.parametrize("kernel", [*BY_SYMBOL, "6.18.44"])
+def test_one_address_is_one_lock_and_little_is_unclassified(kernel: str) -> None:
+    """Where the kernel keeps its addresses' names to itself, they still tell locks apart."""
+    by_address: dict[str, Counter[Lock]] = {}
+    waits = recorded(kernel)
+    for one in waits:
+        by_address.setdefault(one.by_address, Counter())[one.lock] += one.us
+    for address, locks in by_address.items():
+        # Memory of a process's own may be used again for another lock, mount locks and grace periods' may not.
+        if any(lock in locks for lock in (*MOUNT_LOCKS, Lock.GRACE_PERIOD)) and address != "-":
+            assert len(locks) == 1 or locks.keys() <= {Lock.NAMESPACE_SEM, Lock.PROCESS}, (address, locks)
+    by_lock: Counter[Lock] = Counter()
+    for one in waits:
+        by_lock[one.lock] += one.us
+    assert by_lock[Lock.NAMESPACE_SEM] and by_lock[Lock.GRACE_PERIOD]
+    locks_us = sum(us for lock, us in by_lock.items() if lock is not Lock.GRACE_PERIOD)
+    assert by_lock[Lock.UNKNOWN] < 0.001 * locks_us
+
+
+@pytest.mark.parametrize("kernel", [*BY_SYMBOL, "6.18.44"])
+def test_grace_periods_are_never_a_lock(kernel: str) -> None:
+    waits = [one for one in recorded(kernel) if any("synchronize_rcu" in name for name in one.stack) and not one.spins]
+    assert waits and {one.lock for one in waits} == {Lock.GRACE_PERIOD}
+    asleep = [one for one in recorded(kernel, switches=True) if one.lock is Lock.GRACE_PERIOD]
+    assert asleep
