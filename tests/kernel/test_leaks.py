@@ -6,7 +6,8 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from flatmount.kernel.mounts import read_table
@@ -20,10 +21,10 @@ COUNT = 50
 
 
 @contextmanager
-def process_in_a_copy() -> Iterator[int]:
+def process_in_a_copy(*options: str) -> Iterator[int]:
     """A process in a private copy of this mount namespace."""
     with subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", "echo there; exec sleep 60"], stdout=subprocess.PIPE, text=True
+        ["unshare", "-m", *options, "sh", "-c", "echo there; exec sleep 60"], stdout=subprocess.PIPE, text=True
     ) as holder:
         assert holder.stdout
         holder.stdout.readline()
@@ -31,6 +32,33 @@ def process_in_a_copy() -> Iterator[int]:
             yield holder.pid
         finally:
             holder.kill()
+
+
+@contextmanager
+def busy_in(pid: int, point: Path) -> Iterator[None]:
+    """Another process in that one's mount namespace, with a file below `point` open."""
+    command = ["nsenter", f"--mount=/proc/{pid}/ns/mnt", "sh", "-c", f"exec 3<{point}/file; echo there; exec sleep 60"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as busy:
+        assert busy.stdout
+        busy.stdout.readline()
+        try:
+            yield
+        finally:
+            busy.kill()
+
+
+def members_of(pid: int) -> set[int]:
+    namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+    found = set()
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if os.readlink(f"/proc/{name}/ns/mnt") == namespace:
+                found.add(int(name))
+    return found
+
+
+def own_mounts() -> set[str]:
+    return {entry.mount_point for entry in read_table()}
 
 
 def leak(ram: Path, count: int = COUNT) -> list[Path]:
@@ -61,6 +89,7 @@ def test_leaks_are_found_with_their_owner_and_taken_off_and_no_file_goes(ram: Pa
             assert all(pid in [holder.pid for holder in one.holders] for one in mine)
             assert f"held by the mount namespace of sleep [{pid}]" in render_leaks(found, None, may_clean=True)
             cleaned = clean(mine)
+            assert mounts_of(pid) == 0
     finally:
         os.close(busy)
     refused = [one for one in cleaned if one.refused]
@@ -72,18 +101,77 @@ def test_leaks_are_found_with_their_owner_and_taken_off_and_no_file_goes(ram: Pa
     assert as_data(found, cleaned)["cleaned"]
 
 
-def test_copies_that_only_another_namespace_has_are_named_and_left(ram: Path) -> None:
-    points = leak(ram, 3)
-    with process_in_a_copy() as pid:
+def mounts_of(pid: int) -> int:
+    with open(f"/proc/{pid}/mountinfo", encoding="utf-8") as table:
+        return table.read().count("ovl-idmapped")
+
+
+def test_fifty_that_only_a_foreign_namespace_holds_are_taken_off_in_there_and_no_file_goes(ram: Path) -> None:
+    points = leak(ram)
+    with process_in_a_copy() as pid, busy_in(pid, points[7]):
         for point in points:
             subprocess.run(["umount", point], check=True)
         found = find_leaks(apart_s=0.1)
         mine = [one for one in found.leaks if one.where.startswith(f"{ram}/")]
-        assert [one.here for one in mine] == [False] * 3
-        assert all(one.holders[0].pid == pid for one in mine)
-        assert clean(mine) == ()
-        with open(f"/proc/{pid}/mountinfo", encoding="utf-8") as table:
-            assert table.read().count("ovl-idmapped") == 3
+        assert [one.here for one in mine] == [False] * COUNT
+        assert all(one.holders[0].pid in members_of(pid) for one in mine)
+        assert f"and {COUNT} in 1 other mount namespace" in render_leaks(Found(tuple(mine), ()), None, may_clean=True)
+        assert mounts_of(pid) == COUNT, "looking takes nothing off"
+        others = own_mounts()
+        cleaned = clean(mine)
+        assert mounts_of(pid) == 1
+        assert own_mounts() == others
+    refused = [one for one in cleaned if one.refused]
+    assert [one.leak.where for one in refused] == [str(points[7])]
+    assert "EBUSY" in refused[0].refused
+    assert len(cleaned) == COUNT and {one.namespace for one in cleaned} == {mine[0].copies[0].namespace}
+    assert (ram / "layer" / "file").read_text() == "kept"
+    assert "in 1 other mount namespace" in render_leaks(found, cleaned, may_clean=True)
+
+
+def test_here_and_in_a_copy_both_go(ram: Path) -> None:
+    points = leak(ram, 3)
+    with process_in_a_copy() as pid:
+        found = find_leaks(apart_s=0.1)
+        mine = [one for one in found.leaks if one.where.startswith(f"{ram}/")]
+        assert all(one.here and len(one.copies) == 1 for one in mine)
+        assert [one.refused for one in clean(mine)] == [""] * 6
+        assert mounts_of(pid) == 0
+    assert not [entry for entry in read_table() if entry.mount_point in map(str, points)]
+    assert (ram / "layer" / "file").read_text() == "kept"
+
+
+def test_what_is_locked_in_a_namespace_with_fewer_rights_is_left_and_said(ram: Path) -> None:
+    points = leak(ram, 2)
+    with process_in_a_copy("--user", "--map-root-user") as pid:
+        for point in points:
+            subprocess.run(["umount", point], check=True)
+        found = find_leaks(apart_s=0.1)
+        cleaned = clean(one for one in found.leaks if one.where.startswith(f"{ram}/"))
+        assert {one.refused for one in cleaned} == {"it is locked in that namespace, and goes with the processes there"}
+        assert mounts_of(pid) == 2
+
+
+def test_something_else_on_top_in_the_foreign_namespace_stays(ram: Path) -> None:
+    (point,) = leak(ram, 1)
+    with process_in_a_copy() as pid:
+        subprocess.run(["umount", point], check=True)
+        found = find_leaks(apart_s=0.1)
+        subprocess.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", "mount", "-t", "tmpfs", "new", point], check=True)
+        (refused,) = clean(one for one in found.leaks if one.where == str(point))
+        assert "something else is mounted there" in refused.refused
+        assert mounts_of(pid) == 2
+
+
+def test_a_namespace_whose_process_is_another_one_now_is_not_entered(ram: Path) -> None:
+    (point,) = leak(ram, 1)
+    with process_in_a_copy() as pid:
+        subprocess.run(["umount", point], check=True)
+        (found,) = [one for one in find_leaks(apart_s=0.1).leaks if one.where == str(point)]
+        moved = replace(found, copies=(replace(found.copies[0], pid=os.getpid()),))
+        (refused,) = clean([moved])
+        assert "look again" in refused.refused
+        assert mounts_of(pid) == 1
 
 
 def test_an_assembly_under_way_is_no_leak(ram: Path) -> None:

@@ -28,11 +28,21 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """The same mount in another mount namespace: the namespace's inode, a process in it, and mountinfo's id there."""
+
+    namespace: int
+    pid: int
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
 class Leak:
     """One mount (or namespace) that is left. `here` says whether it is in the table that was looked at first.
 
     `id` is the mount's unique id, or mountinfo's where the kernel has none; the inode for a namespace. `shared` says
-    that the mount is in a peer group: copies of it in other namespaces go when it goes.
+    that the mount is in a peer group: copies of it in other namespaces go when it goes. `copies` are those that were in
+    the same other namespace at both looks.
     """
 
     kind: Kind
@@ -44,6 +54,12 @@ class Leak:
     here: bool
     shared: bool
     holders: tuple[Holder, ...]
+    copies: tuple[Copy, ...] = ()
+
+    @property
+    def removable(self) -> int:
+        """In how many mount tables `clean` would take it off."""
+        return 0 if self.kind is Kind.NAMESPACE else self.here + len(self.copies)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +72,11 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Cleaned:
-    """What became of one leak: taken off, or why not ("" when it was)."""
+    """What became of one leak in one table: taken off, or why not ("" when it was, or had gone by itself).
+
+    `namespace` is the inode of the other mount namespace where that was; None for the table that was looked at first.
+    """
 
     leak: Leak
     refused: str
+    namespace: int | None = None

@@ -1,26 +1,31 @@
 """Mounts and mount namespaces nobody owns any more, who still holds them, and taking them off.
 
 Taking off is `umount2` and nothing else: no file or directory is ever removed. It is done without MNT_DETACH, so what
-is still in use stays, and only to a mount that is the same one as when it was found.
+is still in use stays, and only to a mount that is the same one as when it was found. What another mount namespace holds
+is taken off in there, by a thread that enters it for this one call.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
-from flatmount.errors import FlatmountError
+from flatmount.errors import FlatmountError, OperationFailed
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import MountEntry, parse_mountinfo, read_table
 from flatmount.kernel.process import owner_is_gone
-from flatmount.observe.leak_results import Cleaned, Found, Holder, Kind, Leak
+from flatmount.observe.leak_results import Cleaned, Copy, Found, Holder, Kind, Leak
 from flatmount.observe.owners import owner_of, temporary_owner
 from flatmount.observe.processes import Process, scan
-from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
+from flatmount.plan.operations import HELPER, MountPlan, Setns, Unmount, UnmountFlag
 
 LOOKS_APART_S = 1.0
 _MOST_HOLDERS = 8
+_MOST_SCAN_S = 2.0
+_SOMETHING_ELSE = "it is gone, or something else is mounted there now"
 
 
 def mount_key(entry: MountEntry) -> int:
@@ -63,18 +68,20 @@ def leaks_between(
     lasting_here = lasting(before, after)
     others = suspicious_elsewhere(processes)
     everyone = _members(processes)
-    leaks = [
-        _leak(kind, entry, True, [ns for ns, table in others.items() if _holds(table, entry)], everyone)
-        for kind, entry in lasting_here
-    ]
-    known = {(entry.mount_point, entry.root) for _, entry in lasting_here}
-    foreign: dict[tuple[str, str], tuple[Kind, MountEntry, list[int]]] = {}
+    foreign: dict[tuple[str, str], list[tuple[Kind, MountEntry, Copy]]] = {}
     for namespace, table in others.items():
         for kind, entry in lasting(others_before.get(namespace, ()), table):
-            place = (entry.mount_point, entry.root)
-            if place not in known:
-                foreign.setdefault(place, (kind, entry, []))[2].append(namespace)
-    leaks += [_leak(kind, entry, False, where, everyone) for kind, entry, where in foreign.values()]
+            copy = Copy(namespace, everyone[namespace][0].pid, entry.id)
+            foreign.setdefault((entry.mount_point, entry.root), []).append((kind, entry, copy))
+    leaks = []
+    for kind, entry in lasting_here:
+        copies = tuple(copy for _, _, copy in foreign.pop((entry.mount_point, entry.root), ()))
+        where = [namespace for namespace, table in others.items() if _holds(table, entry)]
+        leaks.append(_leak(kind, entry, True, where, everyone, copies))
+    for found in foreign.values():
+        kind, entry, _ = found[0]
+        copies = tuple(copy for _, _, copy in found)
+        leaks.append(_leak(kind, entry, False, dict.fromkeys(copy.namespace for copy in copies), everyone, copies))
     leaks += _empty_namespaces(after, processes)
     unseen = []
     if any(process.watches is None for process in processes):
@@ -126,7 +133,12 @@ def _holds(table: Iterable[MountEntry], wanted: MountEntry) -> bool:
 
 
 def _leak(
-    kind: Kind, entry: MountEntry, here: bool, namespaces: Iterable[int], members: dict[int, list[Process]]
+    kind: Kind,
+    entry: MountEntry,
+    here: bool,
+    namespaces: Iterable[int],
+    members: dict[int, list[Process]],
+    copies: tuple[Copy, ...],
 ) -> Leak:
     holders = tuple(
         Holder("mount namespace", inside[0].pid, inside[0].name, namespace, len(inside))
@@ -143,6 +155,7 @@ def _leak(
         here=here,
         shared=bool(entry.peer_group),
         holders=holders[:_MOST_HOLDERS],
+        copies=copies,
     )
 
 
@@ -179,22 +192,88 @@ def _empty_namespaces(table: Iterable[MountEntry], processes: Sequence[Process])
 
 
 def clean(leaks: Iterable[Leak]) -> tuple[Cleaned, ...]:
-    """Take off temporary and unfinished mounts of the calling thread's table, the last made first.
+    """Take off temporary and unfinished mounts of the calling thread's table, then their copies in other namespaces.
 
-    Copies in other namespaces go along where the mount is shared with them; else they stay and are their namespace's.
-    A namespace is never let go: whoever pinned it may want to enter it. Needs CAP_SYS_ADMIN.
+    The last made goes first. Nothing is taken off that is in use, or is not the topmost and the very same mount as when
+    it was found. A namespace is never let go: whoever pinned it may want to enter it. Needs CAP_SYS_ADMIN, in other
+    namespaces over their user namespaces; a copy that was made for a namespace with fewer rights is locked there, and
+    only goes with its processes.
     """
-    wanted = [leak for leak in leaks if leak.here and leak.kind is not Kind.NAMESPACE]
-    top = {entry.mount_point: mount_key(entry) for entry in read_table()}
+    wanted = sorted((leak for leak in leaks if leak.kind is not Kind.NAMESPACE), key=lambda leak: leak.id, reverse=True)
     done = []
-    for leak in sorted(wanted, key=lambda leak: leak.id, reverse=True):
+    top = {entry.mount_point: mount_key(entry) for entry in read_table()}
+    for leak in wanted:
+        if not leak.here:
+            continue
         if top.get(leak.where) != leak.id:
-            done.append(Cleaned(leak, "it is gone, or something else is mounted there now"))
+            done.append(Cleaned(leak, _SOMETHING_ELSE))
             continue
         outcome = run_once(MountPlan((Unmount(leak.where, UnmountFlag.NOFOLLOW),), keep_going=True))
-        done.append(Cleaned(leak, _word(outcome.failure)))
+        done.append(Cleaned(leak, "" if outcome.failure is None else str(outcome.failure)))
+    places: dict[int, list[tuple[Leak, Copy]]] = {}
+    for leak in wanted:
+        for copy in leak.copies:
+            places.setdefault(copy.namespace, []).append((leak, copy))
+    for namespace, held in places.items():
+        done += _clean_in(namespace, sorted(held, key=lambda pair: pair[1].id, reverse=True))
     return tuple(done)
 
 
-def _word(failure: FlatmountError | None) -> str:
-    return "" if failure is None else str(failure)
+def _clean_in(namespace: int, held: Sequence[tuple[Leak, Copy]]) -> list[Cleaned]:
+    """Take off copies in another mount namespace, which is the one it was only as long as its process is in it."""
+    pid = held[0][1].pid
+    try:
+        fd = os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return [Cleaned(leak, "", namespace) for leak, _ in held] if not _inhabited(namespace) else _moved(held)
+    try:
+        if os.fstat(fd).st_ino != namespace:
+            return _moved(held)
+        table = _table_of(fd, pid)
+        if table is None:
+            return [Cleaned(leak, "its table can no longer be read from its root", namespace) for leak, _ in held]
+        top = {entry.mount_point: entry for entry in table}
+        there = {entry.id for entry in table}
+        return [Cleaned(leak, _take_off(fd, leak, copy, top, there), namespace) for leak, copy in held]
+    finally:
+        os.close(fd)
+
+
+def _inhabited(namespace: int) -> bool:
+    return any(process.namespace == namespace for process in scan(deadline_s=_MOST_SCAN_S)[0])
+
+
+def _moved(held: Sequence[tuple[Leak, Copy]]) -> list[Cleaned]:
+    return [
+        Cleaned(leak, "the process that was in its namespace is gone; look again", copy.namespace)
+        for leak, copy in held
+    ]
+
+
+def _table_of(fd: int, pid: int) -> tuple[MountEntry, ...] | None:
+    """The table of a namespace as seen from its own root, which is where one that enters it is."""
+    try:
+        return read_table(namespace_fd=fd)
+    except FlatmountError:
+        # Before Linux 6.11 only through a process, whose root may be another one than the namespace's.
+        with suppress(OSError, FlatmountError):
+            if os.readlink(f"/proc/{pid}/root") == "/":
+                return read_table(pid=pid)
+    return None
+
+
+def _take_off(fd: int, leak: Leak, copy: Copy, top: dict[str, MountEntry], there: set[int]) -> str:
+    if copy.id not in there:
+        return ""  # it went with the one that it was a shared copy of
+    found = top.get(leak.where)
+    if found is None or (found.id, found.root, found.device) != (copy.id, leak.root, leak.device):
+        return _SOMETHING_ELSE
+    # One plan for each, which ends where it fails: an umount must never happen where the namespace was not entered.
+    plan = MountPlan((Setns(HELPER), Unmount(leak.where, UnmountFlag.NOFOLLOW)))
+    try:
+        run_once(plan, {HELPER: fd})
+    except OperationFailed as failure:
+        if failure.errno == errno.EINVAL:
+            return "it is locked in that namespace, and goes with the processes there"
+        return str(failure)
+    return ""

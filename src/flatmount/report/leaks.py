@@ -19,7 +19,15 @@ def as_data(found: Found, cleaned: Sequence[Cleaned] | None) -> dict[str, Any]:
         "unseen": list(found.unseen),
         "cleaned": None
         if cleaned is None
-        else [{"where": one.leak.where, "id": one.leak.id, "refused": one.refused or None} for one in cleaned],
+        else [
+            {
+                "where": one.leak.where,
+                "id": one.leak.id,
+                "namespace": one.namespace,
+                "refused": one.refused or None,
+            }
+            for one in cleaned
+        ],
     }
 
 
@@ -31,17 +39,22 @@ def render_leaks(found: Found, cleaned: Sequence[Cleaned] | None, *, may_clean: 
     lines.append(_sum(found))
     lines += [f"not looked at: {what}" for what in found.unseen]
     if cleaned is not None:
-        lines.append(f"taken off: {sum(not one.refused for one in cleaned):,}")
+        gone = [one for one in cleaned if not one.refused]
+        elsewhere = len({one.namespace for one in gone if one.namespace is not None})
+        where = f", in this table and in {_namespaces(elsewhere)}" if elsewhere else ""
+        lines.append(f"taken off: {len(gone):,}{where}")
         refused = Counter(one.refused.partition(", operation")[0] for one in cleaned if one.refused)
         lines += [f"left as it is ({count:,}): {why}" for why, count in refused.most_common(_MOST_SHOWN)]
-    elif may_clean and any(_cleanable(leak) for leak in found.leaks):
-        count = sum(map(_cleanable, found.leaks))
-        lines.append(f"`flatmount leaks --clean` would take off {count:,} of this table, and delete no file")
+    elif may_clean and any(leak.removable for leak in found.leaks):
+        here = sum(leak.here and leak.kind is not Kind.NAMESPACE for leak in found.leaks)
+        copies = [copy for leak in found.leaks if leak.removable for copy in leak.copies]
+        foreign = f" and {len(copies):,} in {_namespaces(len({copy.namespace for copy in copies}))}" if copies else ""
+        lines.append(f"`flatmount leaks --clean` would take off {here:,} of this table{foreign}, and delete no file")
     return "\n".join(lines) + "\n"
 
 
-def _cleanable(leak: Leak) -> bool:
-    return leak.here and leak.kind is not Kind.NAMESPACE
+def _namespaces(count: int) -> str:
+    return f"{count:,} other mount namespace{'' if count == 1 else 's'}"
 
 
 def _of(leak: Leak) -> list[str]:

@@ -106,14 +106,16 @@ def leaked(state: NodeState) -> Iterator[Finding]:
             evidence.append(f"mount namespaces that hold them: {held}")
         if elsewhere:
             evidence.append(f"{elsewhere:,} of them are only in other mount namespaces")
-        clean = "`flatmount leaks --clean` takes off those of this table"
+        removable = any(leak.removable for leak in leaks)
         yield Finding(
             "leaked-mounts",
             Severity.CRITICAL if len(leaks) >= MANY_LEAKS else Severity.WARNING,
             f"{len(leaks):,} temporary mounts of {owner} were left behind",
             tuple(evidence),
             str(owner),
-            clean if elsewhere < len(leaks) else "end or restart the processes whose namespaces hold them",
+            "`flatmount leaks --clean` takes them off, also in the namespaces that hold them"
+            if removable
+            else "end or restart the processes whose namespaces hold them",
             True,
         )
 

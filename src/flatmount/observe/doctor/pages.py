@@ -25,8 +25,9 @@ copy. They never go by themselves, lengthen the table, and keep layers from bein
 one is still mounted deletes the layer's files.
 
 Seen by: two looks at the tables of all mount namespaces, a second apart.
-Do: `flatmount leaks` names each with who holds it; `flatmount leaks --clean` takes off those of this table by umount
-alone. What only another namespace has goes with the processes in it.
+Do: `flatmount leaks` names each with who holds it; `flatmount leaks --clean` takes them off by umount alone, in this
+table and in the namespaces that hold a copy. A copy that is locked there (its namespace belongs to a user namespace)
+goes with the processes in it.
 See: containerd issues 12139 and 13893, moby issue 34672.""",
     "table-large": """\
 A mount table with thousands of mounts. Each container start copies it (1.4 to 1.9 us for each mount, while locks are
