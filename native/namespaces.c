@@ -146,7 +146,7 @@ out:
 
 struct emptying {
 	pid_t parent;
-	int ready, error;
+	int source, ready, error;
 };
 
 static int empty_and_hold(void *argument)
@@ -154,10 +154,14 @@ static int empty_and_hold(void *argument)
 	struct emptying *e = argument;
 
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
-	/* /proc is a directory that every host has; only this copy of the table sees what is mounted on it. */
-	if (getppid() != e->parent || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
-	    mount("flatmount", "/proc", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700,size=1m") < 0 ||
-	    chdir("/proc") < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0)
+	/*
+	 * The tmpfs lies over the root, and a root's ".." is whatever lies over it: no directory is needed, nor made, in
+	 * file systems that are the host's.
+	 */
+	if (getppid() != e->parent || (e->source >= 0 && setns(e->source, CLONE_NEWNS) < 0) || unshare(CLONE_NEWNS) < 0 ||
+	    mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) < 0 ||
+	    mount("flatmount", "/", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0700,size=1m") < 0 ||
+	    chdir("/..") < 0 || syscall(SYS_pivot_root, ".", ".") < 0 || umount2(".", MNT_DETACH) < 0)
 		__atomic_store_n(&e->error, errno ? errno : ESRCH, __ATOMIC_RELEASE);
 	__atomic_store_n(&e->ready, 1, __ATOMIC_RELEASE);
 	syscall(SYS_futex, &e->ready, FUTEX_WAKE, 1, NULL, NULL, 0);
@@ -179,14 +183,16 @@ static int wait_until(int *ready, int seconds)
 	return 0;
 }
 
-static PyObject *empty_mount_namespace(PyObject *module, PyObject *unused)
+static PyObject *empty_mount_namespace(PyObject *module, PyObject *arguments)
 {
-	int fd = -1, error = 0;
+	int fd = -1, error = 0, source;
 
+	if (!PyArg_ParseTuple(arguments, "i:empty_mount_namespace", &source))
+		return NULL;
 	Py_BEGIN_ALLOW_THREADS
-	struct emptying e = {.parent = getpid()};
+	struct emptying e = {.parent = getpid(), .source = source};
 	struct fm_task task;
-	if (fm_task_start(&task, CLONE_NEWNS, empty_and_hold, &e) < 0) {
+	if (fm_task_start(&task, 0, empty_and_hold, &e) < 0) {
 		error = errno;
 	} else {
 		error = wait_until(&e.ready, 10);
@@ -212,6 +218,21 @@ static PyObject *try_open_tree_attr(PyObject *module, PyObject *unused)
 	return PyLong_FromLong(result < 0 ? errno : 0);
 }
 
+static PyObject *enter_mounts(PyObject *module, PyObject *arguments)
+{
+	int fd, result;
+
+	if (!PyArg_ParseTuple(arguments, "i:enter_mounts", &fd))
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	/* Who shares its working directory with other threads cannot leave its mount namespace. */
+	result = unshare(CLONE_FS) < 0 ? -1 : setns(fd, CLONE_NEWNS);
+	Py_END_ALLOW_THREADS
+	if (result < 0)
+		return PyErr_SetFromErrno(PyExc_OSError);
+	Py_RETURN_NONE;
+}
+
 static PyObject *unshare_mounts(PyObject *module, PyObject *unused)
 {
 	int result;
@@ -226,7 +247,8 @@ static PyObject *unshare_mounts(PyObject *module, PyObject *unused)
 
 PyMethodDef fm_namespaces_methods[] = {
 	{"user_namespaces", user_namespaces, METH_VARARGS, "user_namespaces([(uid_map, gid_map)], threads) -> [descriptor]"},
-	{"empty_mount_namespace", empty_mount_namespace, METH_NOARGS, "empty_mount_namespace() -> descriptor"},
+	{"empty_mount_namespace", empty_mount_namespace, METH_VARARGS, "empty_mount_namespace(source or -1) -> descriptor"},
+	{"enter_mounts", enter_mounts, METH_VARARGS, "enter_mounts(descriptor): move this thread into a mount namespace."},
 	{"try_open_tree_attr", try_open_tree_attr, METH_NOARGS, "try_open_tree_attr() -> errno"},
 	{"unshare_mounts", unshare_mounts, METH_NOARGS, "Move this thread into a copy of its mount namespace."},
 	{NULL, NULL, 0, NULL},

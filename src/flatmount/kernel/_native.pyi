@@ -61,10 +61,14 @@ def adopt_thread() -> None:
 def unshare_mounts() -> None:
     """Move the calling thread into a copy of its mount namespace. Needs CAP_SYS_ADMIN."""
 
-def empty_mount_namespace() -> int:
+def enter_mounts(fd: int) -> None:
+    """Move the calling thread into the mount namespace of `fd`, at its root. Needs CAP_SYS_ADMIN, CAP_SYS_CHROOT."""
+
+def empty_mount_namespace(source: int) -> int:
     """Make a mount namespace that holds one empty tmpfs and nothing else, and return a descriptor of it.
 
-    It lives as long as a descriptor of it is open. Needs CAP_SYS_ADMIN. Raises OSError.
+    A copy of `source` (a descriptor of a mount namespace, or -1 for the caller's) is emptied for that. It lives as
+    long as a descriptor of it is open. Needs CAP_SYS_ADMIN, and CAP_SYS_CHROOT for a `source`. Raises OSError.
     """
 
 def try_open_tree_attr() -> int:

@@ -10,14 +10,14 @@ import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from flatmount.errors import FlatmountError, MissingFeature, OperationFailed
 from flatmount.kernel import _native
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import MountEvents, TableSource, table_source
-from flatmount.kernel.namespaces import Namespace, apart, enter_private_mounts, user_namespace
+from flatmount.kernel.namespaces import Namespace, apart, empty_mount_namespace, enter_mounts, user_namespace
 from flatmount.kernel.process import owned_name, owner_is_gone
 from flatmount.kernel.tree import remove_tree
 from flatmount.plan.facts import HostFacts
@@ -32,6 +32,8 @@ from flatmount.plan.operations import (
     FsConfigFlag,
     FsConfigString,
     FsOpen,
+    Mount,
+    MountFlag,
     MountPlan,
     MountSetattr,
     MoveMount,
@@ -44,6 +46,7 @@ from flatmount.plan.operations import (
 )
 
 _PREFIX = "probe"
+_INSIDE = "/scratch"
 _MAPPING = Mapping.single(100000)
 _IDS = (100000, 100000, 100000, 100000)
 _CONTEXT = Slot("overlay")
@@ -92,25 +95,17 @@ _FEATURES = (
 def probe(directory: str) -> Probes:
     """Try every feature for the file system that holds `directory`.
 
-    Takes some milliseconds: a copy of the mount namespace, a user namespace and a few mounts, all gone when it returns,
-    and a small directory below `directory`, removed again. Needs CAP_SYS_ADMIN and write access there; what cannot be
-    tried counts as absent, with the kernel's word.
+    Takes some milliseconds however long the host's mount table is: an empty mount namespace, a user namespace and a few
+    mounts, all gone when it returns, and a small directory below `directory`, removed again. Needs CAP_SYS_ADMIN and
+    write access there; what cannot be tried counts as absent, with the kernel's word.
     """
-    return apart(lambda: _probe_here(directory))
-
-
-def _probe_here(directory: str) -> Probes:
-    answers: dict[str, str] = {}
+    names = [name for name, _, _ in _FEATURES[:6]]
     try:
-        enter_private_mounts()
-        namespace = user_namespace(_MAPPING)
+        with closing(empty_mount_namespace()) as empty:
+            answers = _answers_inside(directory, empty, user_namespace(_MAPPING))
     except (OSError, FlatmountError) as error:
         refusal = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
-        answers = {name: f"not tried: {refusal}" for name, _, _ in _FEATURES[:6]}
-    else:
-        with _scratch(directory) as scratch:
-            for name, attempt in _attempts(scratch, namespace).items():
-                answers[name] = _refusal(attempt)
+        answers = dict.fromkeys(names, f"not tried: {refusal}")
     answers["open_tree_attr"] = "no such call" if _native.try_open_tree_attr() == errno.ENOSYS else ""
     answers["statmount"] = "" if table_source() is TableSource.STATMOUNT else "no such call"
     answers["mount_events"] = _refusal(lambda: MountEvents().close())
@@ -118,6 +113,25 @@ def _probe_here(directory: str) -> Probes:
         directory,
         tuple(Feature(name, title, since, not answers[name], answers[name]) for name, title, since in _FEATURES),
     )
+
+
+def _answers_inside(directory: str, empty: Namespace, namespace: Namespace) -> dict[str, str]:
+    """Try what needs mounts, where nothing can be seen but a clone of a scratch directory of `directory`."""
+
+    def attempts(clone: int) -> dict[str, str]:
+        enter_mounts(empty)
+        os.mkdir(_INSIDE, 0o700)
+        # The clone of a shared mount is its peer: what is attached below it would appear on the host as well.
+        private = Mount("none", _INSIDE, None, MountFlag.PRIVATE)
+        run_once(MountPlan((MoveMount(LAYERS, _INSIDE), private)), {LAYERS: clone})
+        return {name: _refusal(attempt) for name, attempt in _attempts(_INSIDE, namespace).items()}
+
+    with _scratch(directory) as scratch:
+        clone = run_once(MountPlan((OpenTree(_TREE, scratch),), outputs=(_TREE,))).outputs[0]
+        try:
+            return apart(lambda: attempts(clone))
+        finally:
+            os.close(clone)
 
 
 def _refusal(attempt: Callable[[], object]) -> str:

@@ -23,7 +23,7 @@ from flatmount.runtime.launch import Launch, Running, RuntimeRefused, StartFaile
 from flatmount.runtime.oci import ContainerError, Runtime, refused
 from flatmount.runtime.records import Containers, Record, State
 from flatmount.runtime.request import Attachment, Request
-from flatmount.runtime.template import Template, Templates
+from flatmount.runtime.template import WITHOUT, Template, Templates
 from flatmount.runtime.users import require_mapped, resolve
 from flatmount.store import Store, StoredImage
 from flatmount.strategies import AUTO, Attach, Choice, Upper
@@ -86,7 +86,7 @@ class Starter:
         self._assembler = Assembler(
             spec, self.choice.name, self.pool, uppers=uppers_of(store.data), scratch=scratch, ephemeral=True
         )
-        self._templates = Templates((run, how.runtime.root, how.runtime.path))
+        self._templates = Templates(places_of(run, how.runtime))
         self._unified = cgroups.unified()
 
     def __enter__(self) -> Starter:
@@ -234,10 +234,13 @@ class Starter:
             raise refused(wanted.directory, command, self.how.runtime) from failure
         except StartFailed as failure:
             if failure.step in _ENTERING:
-                raise MissingFeature(
-                    f"this kernel does not attach privately: {failure}", hint="--attach host does without"
-                ) from failure
+                raise MissingFeature(f"this kernel does not attach privately: {failure}", hint=WITHOUT) from failure
             raise
+
+
+def places_of(run: str, runtime: Runtime) -> tuple[str, ...]:
+    """What a template must show beside the host's own: where bundles, the runtime's state and the runtime are."""
+    return run, runtime.root, runtime.path
 
 
 def require_passable(directory: str) -> None:
