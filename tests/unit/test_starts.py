@@ -49,6 +49,7 @@ def test_a_report_has_a_line_for_each_engine_and_wave_and_names_what_was_left_ou
         settings,
         (Skipped("podman", "there is no podman; install podman"),),
         (wave("flatmount", 0, 0, 50.0), wave("flatmount", 1, 1, 55.0)),
+        16,
     )
     lines = render(report).splitlines()
     assert [line.split()[:4] for line in lines if line.startswith("flatmount")] == [
@@ -56,4 +57,5 @@ def test_a_report_has_a_line_for_each_engine_and_wave_and_names_what_was_left_ou
         ["flatmount", "1", "1.0", "55.0"],
     ]
     assert "podman was left out: there is no podman; install podman" in lines
+    assert "the runtime of flatmount started in copies of 16 mounts" in lines
     assert json.loads(json.dumps(report.to_json()))["schema"] == "flatmount.starts/1"

@@ -22,6 +22,8 @@ def render(report: StartsReport) -> str:
         "",
         *_table([_HEADS, *(_row(waves) for waves in _grouped(report.waves))]),
     ]
+    if report.template_mounts is not None:
+        lines.append(f"the runtime of flatmount started in copies of {report.template_mounts} mounts")
     lines += [f"{one.engine} was left out: {one.reason}" for one in report.skipped]
     for message in dict.fromkeys(f"{wave.engine}: {text}" for wave in report.waves for text in wave.failures):
         lines.append(message)

@@ -91,7 +91,9 @@ def run_starts(
             for name in rotated(tuple(engines), repeat) if engines else ():
                 waves += _engine_waves(engines[name], name, repeat, settings, arrivals, probe, stop, progress)
         named = ImageFacts(image.name or image.digest, len(image.layers), image.files)
-        return StartsReport(taken_at, this_host(), named, settings, tuple(skipped), tuple(waves))
+        own = engines.get("flatmount")
+        template = own.template_mounts if isinstance(own, FlatmountEngine) else None
+        return StartsReport(taken_at, this_host(), named, settings, tuple(skipped), tuple(waves), template)
 
 
 def _check(settings: StartSettings) -> None:

@@ -68,7 +68,11 @@ class WaveResult:
 
 @dataclass(frozen=True, slots=True)
 class StartsReport:
-    """A storm of real containers: when, where, on what, how, and each wave in the order they ran."""
+    """A storm of real containers: when, where, on what, how, and each wave in the order they ran.
+
+    `template_mounts` is how many mounts the namespace has that `flatmount` starts its runtime in a copy of; None where
+    no such engine ran, or the report is older.
+    """
 
     taken_at: str
     host: HostFacts
@@ -76,6 +80,7 @@ class StartsReport:
     settings: StartSettings
     skipped: tuple[Skipped, ...]
     waves: tuple[WaveResult, ...]
+    template_mounts: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object with its schema's name."""

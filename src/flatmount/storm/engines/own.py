@@ -37,6 +37,12 @@ class FlatmountEngine:
     def __exit__(self, *_: object) -> None:
         self._starter.close()
 
+    @property
+    def template_mounts(self) -> int | None:
+        """How many mounts the namespace has that a start copies; None where it copies the host's."""
+        template = self._starter.template()
+        return None if template is None else template.mounts
+
     def start(self, ask: Ask) -> Started:
         """Start one container."""
         request = Request(
