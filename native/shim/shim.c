@@ -3,7 +3,8 @@
  *
  *   flatmount-shim run OPTION... -- RUNTIME ARGUMENT...
  *     --state DIR        the container's directory; `pid`, `exit`, `log` and `console` are there
- *     --report FD        told what happens, one line each: "error ERRNO STEP", "failed CODE", "started PID", "exited CODE"
+ *     --report FD        told what happens, one line each: "error ERRNO STEP", "failed CODE", "started PID", "exited CODE",
+ *                        or "exited CODE unexecuted" where the container never became its command
  *     --template FD      a mount namespace; the runtime starts in a copy of it
  *     --tree FD:PATH     a detached mount that is attached at PATH in that copy; may be repeated
  *     --owner UID:GID    who owns the pipes that the container writes to, so that it can open them again
@@ -57,7 +58,9 @@ struct shim {
 	struct shim_log log;
 	struct stream streams[STREAMS];
 	pid_t runtime, container;
-	int runtime_status, status, over, pending_signal;
+	int runtime_status, status, over, unexecuted, pending_signal;
+	char said[256]; /* the beginning of its output */
+	size_t said_bytes;
 };
 
 static void tell(struct shim *shim, const char *word, int number, const char *more)
@@ -80,6 +83,31 @@ static int exit_code(int status)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
+/*
+ * runc says that it started a container before the last execve, whose failure it writes to the container's own error
+ * output, and ends with 1 (255 from 1.2 on). People know that as 127 and 126.
+ */
+static int final_code(const struct shim *shim)
+{
+	if (!shim->unexecuted)
+		return exit_code(shim->status);
+	return strstr(shim->said, "no such file or directory") ? 127 : 126;
+}
+
+/* Whether a process that ended and was not waited for yet still has the name that runc gives it before the execve. */
+static int is_unexecuted(pid_t pid)
+{
+	char path[64], name[32] = "";
+
+	snprintf(path, sizeof(path), "/proc/%d/comm", pid);
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	if (fd < 0)
+		return 0;
+	ssize_t got = read(fd, name, sizeof(name) - 1);
+	close(fd);
+	return got > 0 && !strncmp(name, "runc:[2:INIT]", strlen("runc:[2:INIT]"));
+}
+
 /* What a later command reads: written whole or not at all. */
 static void record_exit(struct shim *shim)
 {
@@ -87,7 +115,7 @@ static void record_exit(struct shim *shim)
 	struct timespec now;
 
 	clock_gettime(CLOCK_REALTIME, &now);
-	int bytes = snprintf(text, sizeof(text), "%d %lld\n", exit_code(shim->status),
+	int bytes = snprintf(text, sizeof(text), "%d %lld\n", final_code(shim),
 			     now.tv_sec * 1000000000LL + now.tv_nsec);
 	int fd = openat(shim->state, "exit.new", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0600);
 	if (fd < 0)
@@ -247,6 +275,9 @@ static int move_some(struct shim *shim, int from, const char *name, int forward)
 		return errno == EAGAIN || errno == EINTR ? 0 : -1;
 	if (got == 0)
 		return -1;
+	size_t room = sizeof(shim->said) - 1 - shim->said_bytes, kept = (size_t)got < room ? (size_t)got : room;
+	memcpy(shim->said + shim->said_bytes, data, kept);
+	shim->said_bytes += kept;
 	shim_log_write(&shim->log, name, data, (size_t)got);
 	if (forward >= 0)
 		shim_write_all(forward, data, (size_t)got);
@@ -313,6 +344,11 @@ static void reap(struct shim *shim)
 		if (pid > 0)
 			runtime_ended(shim, status);
 	}
+	/* Its name goes with its being waited for. */
+	siginfo_t ended = {0};
+	if (shim->container > 0 && waitid(P_PID, (id_t)shim->container, &ended, WEXITED | WNOHANG | WNOWAIT) == 0 &&
+	    ended.si_pid == shim->container && ended.si_code == CLD_EXITED && ended.si_status != 0)
+		shim->unexecuted = is_unexecuted(shim->container);
 	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 		if (pid == shim->container) {
 			shim->status = status;
@@ -420,7 +456,7 @@ static int run(int count, char **arguments)
 		wait_for_events(&shim);
 	drain(&shim);
 	record_exit(&shim);
-	tell(&shim, "exited", exit_code(shim.status), "");
+	tell(&shim, "exited", final_code(&shim), shim.unexecuted ? "unexecuted" : "");
 	if (shim.after) {
 		sigset_t none;
 		sigemptyset(&none);

@@ -53,4 +53,4 @@ def _run(args: argparse.Namespace) -> int:
             terminal=args.tty,
         ) as running,
     ):
-        return attend(running, relay)
+        return attend(running, relay, args.command[0])

@@ -14,7 +14,7 @@ from flatmount.plan.mapping import Mapping
 from flatmount.rootfs.image import probe_store, require_root
 from flatmount.runtime import book, subids
 from flatmount.runtime.launch import Running
-from flatmount.runtime.oci import DEFAULT, Runtime
+from flatmount.runtime.oci import DEFAULT, Runtime, unexecuted
 from flatmount.runtime.records import Containers, Record, check_name, new_id
 from flatmount.runtime.request import (
     Attachment,
@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace) -> int:
                 started = _start(starter, args, name, mapping, request, holder)
                 starter.close()
                 if relay is not None:
-                    code = attend(started.running, relay)
+                    code = attend(started.running, relay, started.record.command[0])
         if args.detach:
             started.running.close()
             print(name)
@@ -131,11 +131,16 @@ def _run(args: argparse.Namespace) -> int:
     return code
 
 
-def attend(running: Running, relay: Relay) -> int:
-    """Wait for a container, or a process in one; our signals are its own. Returns its exit code when all is written."""
+def attend(running: Running, relay: Relay, command: str) -> int:
+    """Wait for a container, or a process in one; our signals are its own. Returns its exit code when all is written.
+
+    One that never became `command` is told of.
+    """
     relay.to(running.send)
     code = running.wait()
     running.reap()
+    if not running.executed:
+        print(f"flatmount: {unexecuted(command, code).line()}", file=sys.stderr)
     return code
 
 

@@ -67,23 +67,29 @@ class RuntimeRefused(FlatmountError):
 
 @dataclass(slots=True)
 class Running:
-    """A container that runs, with the shim beside it. `pid` is the container's first process."""
+    """A container that runs, with the shim beside it. `pid` is the container's first process.
+
+    `executed` turns false where it ended without having become its command, which runc reports as a start.
+    """
 
     shim: int
     pid: int
     _report: int
     _rest: bytes = b""
+    executed: bool = True
 
     def wait(self) -> int:
-        """Wait until the container ended. Returns its exit code, 128 and the signal's number where one ended it.
+        """Wait until the container ended. Returns its exit code, 128 and the signal's number where one ended it; 126 or
+        127 where it never became its command.
 
         Raises: FlatmountError where the shim was killed, and with it the answer.
         """
         code: int | None = None
         while code is None:
-            word, number, _ = self._next(None)
+            word, number, more = self._next(None)
             if word == "exited":
                 code = number
+                self.executed = more != "unexecuted"
             elif word == "":
                 raise FlatmountError("the container's shim was killed", hint="the next command clears up after it")
         self.close()

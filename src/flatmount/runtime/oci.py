@@ -104,6 +104,19 @@ def refused(directory: str, command: str, runtime: Runtime) -> ContainerError:
     return ContainerError(f"{name} did not start the container: {words or 'it said nothing'}", hint=_hint(lowered))
 
 
+def unexecuted(command: str, code: int) -> ContainerError:
+    """A command that was found and could not be executed; the runtime's own words went to the error output."""
+    if code == NotFound.exit_code:
+        return NotFound(
+            f"the command {command!r} is in the container and what executes it is not",
+            hint="look at the interpreter in its first line, or at the loader that it was linked for",
+        )
+    return NotExecutable(
+        f"the command {command!r} cannot be executed in the container",
+        hint="look whether it is a program for this machine",
+    )
+
+
 def last_words(path: str) -> str:
     """The last error in a runtime's log, or "" where there is none."""
     words = ""

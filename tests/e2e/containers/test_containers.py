@@ -62,6 +62,11 @@ def test_exit_codes_and_signals_come_through(line: CommandLine) -> None:
     run(line, "tiny", "sh", "-c", "exit 33", expect=33)
     assert "not in the container" in run(line, "tiny", "nothing-like-that", expect=127)
     assert "cannot be executed" in run(line, "tiny", "/bin/not-executable", expect=126)
+    said = run(line, "tiny", "/bin/no-interpreter", expect=127)
+    assert "exec /bin/no-interpreter: no such file" in said and "the interpreter in its first line" in said
+    run(line, "tiny", "/bin", expect=126)
+    run(line, "tiny", "sh", "-c", "exec /bin/no-interpreter", expect=127)  # the shell's own word for it
+    run(line, "tiny", "sh", "-c", "echo exec /x: no such file or directory >&2; exit 1", expect=1)
     script = "trap 'exit 44' USR1; echo ready; while :; do sleep 0.05; done"
     process = line.start("run", "--rm", "--name", new_name(), "tiny", "sh", "-c", script, stdout=subprocess.PIPE)
     with process:
@@ -177,6 +182,7 @@ def test_a_container_outlives_the_command(line: CommandLine, attach: str) -> Non
         == "app\nb\ngreen\n"
     )
     assert "not in the container" in line.refused("exec", name, "nothing-like-that", code=127)
+    assert "interpreter" in line("exec", name, "/bin/no-interpreter", expect=127)
     line("exec", name, "sh", "-c", "exit 5", expect=5)
     assert "runs" in line.refused("remove", name, code=1)
     line("stop", name)
