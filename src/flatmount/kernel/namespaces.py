@@ -98,8 +98,8 @@ def empty_mount_namespace() -> Namespace:
     if source is not None:
         try:
             return Namespace(_native.empty_mount_namespace(source.fileno()))
-        except PermissionError:
-            pass  # CAP_SYS_CHROOT, or a security module: the copy of our own needs neither
+        except OSError:
+            pass  # setns(2) is refused (it takes CAP_SYS_CHROOT): the copy of our own does without
         finally:
             source.close()
     return Namespace(_native.empty_mount_namespace(-1))

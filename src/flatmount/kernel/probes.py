@@ -17,7 +17,14 @@ from flatmount.errors import FlatmountError, MissingFeature, OperationFailed
 from flatmount.kernel import _native
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import MountEvents, TableSource, table_source
-from flatmount.kernel.namespaces import Namespace, apart, empty_mount_namespace, enter_mounts, user_namespace
+from flatmount.kernel.namespaces import (
+    Namespace,
+    apart,
+    empty_mount_namespace,
+    enter_mounts,
+    enter_private_mounts,
+    user_namespace,
+)
 from flatmount.kernel.process import owned_name, owner_is_gone
 from flatmount.kernel.tree import remove_tree
 from flatmount.plan.facts import HostFacts
@@ -118,18 +125,24 @@ def probe(directory: str) -> Probes:
 def _answers_inside(directory: str, empty: Namespace, namespace: Namespace) -> dict[str, str]:
     """Try what needs mounts, where nothing can be seen but a clone of a scratch directory of `directory`."""
 
-    def attempts(clone: int) -> dict[str, str]:
-        enter_mounts(empty)
-        os.mkdir(_INSIDE, 0o700)
-        # The clone of a shared mount is its peer: what is attached below it would appear on the host as well.
-        private = Mount("none", _INSIDE, None, MountFlag.PRIVATE)
-        run_once(MountPlan((MoveMount(LAYERS, _INSIDE), private)), {LAYERS: clone})
-        return {name: _refusal(attempt) for name, attempt in _attempts(_INSIDE, namespace).items()}
+    def attempts(scratch: str, clone: int) -> dict[str, str]:
+        try:
+            enter_mounts(empty)
+        except OSError:
+            enter_private_mounts()  # setns(2) is refused, which is no answer about mounts: a copy of the host's table
+            inside = scratch
+        else:
+            inside = _INSIDE
+            os.mkdir(inside, 0o700)
+            # The clone of a shared mount is its peer: what is attached below it would appear on the host as well.
+            private = Mount("none", inside, None, MountFlag.PRIVATE)
+            run_once(MountPlan((MoveMount(LAYERS, inside), private)), {LAYERS: clone})
+        return {name: _refusal(attempt) for name, attempt in _attempts(inside, namespace).items()}
 
     with _scratch(directory) as scratch:
         clone = run_once(MountPlan((OpenTree(_TREE, scratch),), outputs=(_TREE,))).outputs[0]
         try:
-            return apart(lambda: attempts(clone))
+            return apart(lambda: attempts(scratch, clone))
         finally:
             os.close(clone)
 

@@ -131,7 +131,7 @@ def last_words(path: str) -> str:
 
 def _hint(words: str) -> str:
     if "cgroup" in words:
-        return "flatmount needs the right to make control groups: run it as root, outside of containers"
+        return "it needs control groups that it may change: run it as root, outside of containers, or delegate some"
     if "flag provided but not defined" in words or "unknown" in words:
         return "the runtime may be too old; runc 1.1 or later is known to do"
     return ""
