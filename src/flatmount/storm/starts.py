@@ -14,6 +14,7 @@ from typing import Any
 from flatmount.errors import FlatmountError, MissingFeature, UsageError, from_os_error
 from flatmount.kernel.mounts import mount_count
 from flatmount.kernel.namespaces import enter_private_mounts
+from flatmount.kernel.process import owned_name
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.rootfs.workplace import workplace
@@ -71,12 +72,14 @@ def run_starts(
     if not settings.on_host:
         enter_private_mounts()
     skipped: list[Skipped] = []
+    elsewhere = (f"/run/{owned_name('fm')}",) if "podman" in settings.engines else ()
     with ExitStack() as stack:
         stop = stack.enter_context(stoppable())
-        place = stack.enter_context(workplace(run, "storm"))
+        place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
         background_mounts(place, settings.background)
         arrivals = stack.enter_context(Arrivals(f"{place}/first"))
-        makers = _makers(store, image, run, facts, arrivals.directory, place, layout, containerd)
+        short = elsewhere[0] if elsewhere else place
+        makers = _makers(store, image, run, facts, arrivals.directory, place, short, layout, containerd)
         engines: dict[str, Engine] = {}
         for name in settings.engines:
             progress(f"{name}: getting ready")
@@ -111,6 +114,7 @@ def _makers(
     facts: HostFacts,
     arrivals: str,
     place: str,
+    short: str,
     layout: str | None,
     containerd: str | None,
 ) -> dict[str, Callable[[], Any]]:
@@ -130,7 +134,7 @@ def _makers(
         "containerd": lambda: of_layout(
             lambda known: ContainerdEngine(image, known, arrivals, place, directory=containerd)
         ),
-        "podman": lambda: of_layout(lambda known: PodmanEngine(known, arrivals, place)),
+        "podman": lambda: of_layout(lambda known: PodmanEngine(known, arrivals, short)),
     }
 
 

@@ -24,14 +24,20 @@ ATTACHMENTS = ("private", "host")
 
 
 @pytest.fixture(scope="session")
-def tiny_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    layout = tmp_path_factory.mktemp("tiny") / "layout"
+    write_tiny_image(str(layout), layers=5)
+    return layout
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tiny_layout: Path) -> Path:
     if shutil.which("runc") is None:
         pytest.fail("there is no runc: tools/setup installs it")
-    base = tmp_path_factory.mktemp("tiny")
-    write_tiny_image(str(base / "layout"), layers=5)
-    with Store.open(str(base / "root"), create=True) as store:
-        store.import_image(str(base / "layout"), name="tiny")
-    return base / "root"
+    root = tiny_layout.parent / "root"
+    with Store.open(str(root), create=True) as store:
+        store.import_image(str(tiny_layout), name="tiny")
+    return root
 
 
 def left_by(line: CommandLine) -> list[str]:

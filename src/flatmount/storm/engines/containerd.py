@@ -32,6 +32,7 @@ _SPEC_TYPE: Final = "types.containerd.io/opencontainers/runtime-spec/1/Spec"
 _SNAPSHOTTER: Final = "overlayfs"
 _START_S: Final = 30.0
 _CALL_S: Final = 60.0
+_UNDO_S: Final = 20.0
 _CONFIG: Final = """
 version = 2
 root = "{base}/root"
@@ -105,6 +106,7 @@ class ContainerdEngine:
             raise MissingFeature("the Python package grpcio is not installed", hint="pip install grpcio") from error
         self._daemon: subprocess.Popen[bytes] | None = None
         self._channel: Any = None
+        self._silent = False
 
     def __enter__(self) -> Self:
         os.mkdir(self._base, 0o711)
@@ -172,9 +174,14 @@ class ContainerdEngine:
         return started
 
     def undo(self, started: Started) -> None:
-        """Kill the task, and remove task, container and snapshot."""
+        """Kill the task, and remove task, container and snapshot.
+
+        Takes no longer than 20 s, whatever state the daemon is in; once it did not answer, nobody asks it again, and
+        what it had goes with its control groups, its processes and its directory.
+        """
         name = field(1, started.name)
         problems: list[FlatmountError] = []
+        deadline = time.monotonic() + _UNDO_S
         for service, method, message in (
             ("tasks", "Kill", name + field(3, signal.SIGKILL) + field(4, 1)),
             ("tasks", "Wait", name),
@@ -182,22 +189,29 @@ class ContainerdEngine:
             ("containers", "Delete", name),
             ("snapshots", "Remove", field(1, _SNAPSHOTTER) + field(2, started.name)),
         ):
+            if self._silent:
+                break
             try:
-                self._call(service, method, message)
+                self._call(service, method, message, max(0.1, deadline - time.monotonic()))
             except FlatmountError as error:
                 if "not found" not in str(error):
                     problems.append(error)
+                # A task that was not killed would be waited for in vain.
+                self._silent = self._silent or time.monotonic() >= deadline or self._has_ended()
         cgroups.clear(started.name)
         if problems:
             raise problems[0]
 
-    def _call(self, service: str, method: str, message: bytes) -> bytes:
+    def _has_ended(self) -> bool:
+        return self._daemon is None or self._daemon.poll() is not None
+
+    def _call(self, service: str, method: str, message: bytes, seconds: float = _CALL_S) -> bytes:
         path = f"/containerd.services.{service}.v1.{service.capitalize()}/{method}"
         metadata = [("containerd-namespace", _NAMESPACE)]
         if service == "snapshots":
             metadata.append(("containerd-lease", _LEASE))
         try:
-            answer: bytes = self._channel.unary_unary(path)(message, timeout=_CALL_S, metadata=metadata)
+            answer: bytes = self._channel.unary_unary(path)(message, timeout=seconds, metadata=metadata)
         except self._grpc.RpcError as error:
             raise FlatmountError(f"containerd: {service} {method}: {' '.join(str(error.details()).split())}") from error
         return answer

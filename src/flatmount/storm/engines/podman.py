@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -29,13 +28,16 @@ class PodmanEngine:
     name = "podman"
 
     def __init__(self, layout: str, arrivals: str, place: str) -> None:
-        """`layout` is the image as an OCI layout. Raises: MissingFeature where podman is not installed."""
+        """`layout` is the image as an OCI layout; `place` an empty directory with a short name, for its storage.
+
+        Raises: MissingFeature where podman is not installed.
+        """
         path = shutil.which("podman")
         if path is None:
             raise MissingFeature("there is no podman", hint="install podman")
         self._layout = layout
         self._arrivals = arrivals
-        self._base = f"{place}/podman"
+        self._base = place  # as it is: podman refuses a run root of more than 50 characters
         self._call = (
             path,
             "--root", f"{self._base}/root",
@@ -48,7 +50,6 @@ class PodmanEngine:
         )  # fmt: skip
 
     def __enter__(self) -> Self:
-        os.mkdir(self._base, 0o711)
         said = self._run("pull", "--quiet", f"oci:{self._layout}")
         self._run("tag", said.split()[-1], _IMAGE)
         return self
