@@ -33,9 +33,9 @@ def subreaper() -> Iterator[None]:
 
 def descendants(pid: int) -> list[int]:
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with suppress(OSError):
-            found += map(int, task.read_text().split())
+    with suppress(OSError):  # it ended meanwhile
+        for task in os.listdir(f"/proc/{pid}/task"):
+            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
     return [one for child in found for one in (child, *descendants(child))]
 
 
