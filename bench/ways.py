@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bench.measure import Figures, ratio, rounds
-from flatmount.cpu.burst import Bench, apart, stage
+from flatmount.cpu.burst import Bench, stage
 from flatmount.cpu.results import Burst
+from flatmount.kernel.namespaces import apart
 
 CONTAINERS, LAYERS, ROUNDS = 100, 50, 5
 

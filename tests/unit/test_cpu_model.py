@@ -204,7 +204,7 @@ def test_ranges_and_cliffs() -> None:
 
 
 def test_a_bench_without_the_six_bursts_says_which() -> None:
-    with pytest.raises(UsageError, match=r"per-layer C=5 L=100"):
+    with pytest.raises(UsageError, match=r"per-layer C=5 L=50"):
         fit(samples.bench(recorded("vm")))
 
 

@@ -36,12 +36,12 @@ from flatmount.errors import UsageError
 
 # Fixed before anything held out was run. At most 50 containers and two numbers of layers.
 CALIBRATION = (
-    Burst("per-layer", 5, 100),
-    Burst("per-layer", 50, 100),
+    Burst("per-layer", 5, 50),
+    Burst("per-layer", 50, 50),
     Burst("per-layer", 50, 50, copies=2),
     Burst("common-parent", 50, 50),
-    Burst("flat", 5, 100),
-    Burst("flat", 10, 100, copies=2),
+    Burst("flat", 50, 20),
+    Burst("flat", 5, 20, copies=2),
 )
 LEAST_CORES = 4
 _COUNTED = "counted in the strategy's plan"
