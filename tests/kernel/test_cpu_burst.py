@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -44,6 +45,7 @@ def on_stage(*bursts: Burst, layers: int = 12) -> list[BurstRun]:
 @pytest.mark.parametrize("copies", [0, 2])
 def test_a_burst_counts_what_its_plan_says(strategy: str, copies: int) -> None:
     (found,) = on_stage(Burst(strategy, 6, 12, copies))
+    assert 0 < found.woken_s < found.latencies_s[0]
     assert found.mount_operations == 6 * work_of(strategy, 12).operations
     assert found.mounts_after - found.mounts_before == 6
     assert len(found.latencies_s) == 6 and 0 < found.latencies_s[0] <= found.latencies_s[-1] == found.wall_s
@@ -134,9 +136,8 @@ def test_a_small_validation_end_to_end(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(validate_module, "HELD_OUT", (Burst("flat", 5, 5), Burst("per-layer", 5, 5, 2)))
-    monkeypatch.setattr(validate_module, "_CALIBRATION_ROUNDS", 1)
     monkeypatch.setattr(validate_module, "_REPEATS", ((0.0, 1),))
-    monkeypatch.setattr(validate_module, "_SIMULATIONS", 1)
+    monkeypatch.setattr(validate_module, "_SIMULATIONS", dict.fromkeys(validate_module.STRATEGIES, 1))
     out = tmp_path / "validation.json"
     # 0 or 1: whether the goal was reached depends on how busy the machine is, which is not for a test to say.
     assert main(["cpu", "model", "validate", "--budget", "60s", "--output", str(out), "--json"]) in (0, 1)
@@ -144,19 +145,26 @@ def test_a_small_validation_end_to_end(
     assert len(data["points"]) == 2 and data["worst"]["burst"]["layers"] == 5
     found = load_validation(str(out))
     assert [f.burst for f in found.calibrated] == list(CALIBRATION)
+    assert all(f.woken_s > 0 for f in found.calibrated) and found.model.woken_s > 0
+    assert data["repeatability"] is None  # a single repeat says nothing of the next
     assert found.topology.allowed == tuple(sorted(os.sched_getaffinity(0)))
     if len(found.topology.allowed) < 4:
         assert found.model.transfers == ()
 
 
 def test_a_validation_without_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate_module, "_run_held_out", lambda *_: [])
-    monkeypatch.setattr(validate_module, "_CALIBRATION_ROUNDS", 1)
     monkeypatch.setattr(validate_module, "_REPEATS", ((0.0, 1),))
     monkeypatch.setattr(validate_module, "HELD_OUT", (Burst("flat", 7, 7),))
     monkeypatch.setattr(validate_module, "CORNERS", ())
     with pytest.raises(Exception, match="before a held-out burst ran"):
-        validate(1.0)
+        validate(0.0)
+
+
+def test_the_floor_is_what_two_halves_of_the_repeats_differ_by() -> None:
+    (run,) = on_stage(Burst("flat", 2, 2))
+    runs = [dataclasses.replace(run, wall_s=wall_s) for wall_s in (1.0, 1.2, 1.1, 1.3, 0.9)]
+    assert validate_module.repeatability(runs) == pytest.approx(1 - 1.0 / 1.25)
+    assert validate_module.repeatability(runs[:1]) is None
 
 
 def test_a_bench_with_bursts_fits_a_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -66,11 +67,11 @@ def vm_bench() -> BenchResult:
 def validation_of(bench: BenchResult) -> Validation:
     model = fit(bench)
     points = tuple(
-        Point(b, samples.spread(seconds), seconds * 1.1, seconds, seconds * 1.2, seconds * 2)
+        Point(b, samples.spread(seconds), seconds * 1.1, seconds, seconds * 1.2, seconds * 2, 0.05)
         for b, seconds in ((Burst("per-layer", 5, 5), 0.01), (Burst("flat", 200, 100), 0.04))
     )
     calibrated = tuple(f for f in bench.bursts[:6])
-    simulated = tuple(simulated_points(model))[:2]
+    simulated = tuple(itertools.islice(simulated_points(model), 2))
     return Validation(bench.version, bench.topology, model, calibrated, points, simulated, (), 1.0, samples.QUIET)
 
 
@@ -253,6 +254,7 @@ def test_a_validation_survives_json_and_names_its_worst(vm_bench: BenchResult, t
     assert made.median_error == pytest.approx(0.1) and made.interpolation_error == pytest.approx(1.0)
     text = validation_text(made)
     assert "worst: " in text and "median error 10.0%" in text and "formula against simulation" in text
+    assert made.repeatability == 0.05 and "two halves of the same repeats differ by 5.0%" in " ".join(text.split())
 
 
 def test_interpolation_meets_its_corners_and_goes_on_straight(vm_bench: BenchResult) -> None:
