@@ -18,7 +18,8 @@ def decode(kind: type[T], value: object, where: str) -> T:
     """`value`, as `json.load` returned it, as the frozen dataclass `kind`; every field checked against its annotation.
 
     Knows strings, numbers of 0 and more, booleans, tuples, other dataclasses, string enums, and `X | None` of them.
-    Fields that `kind` does not have are left out: schemas grow by additions.
+    Fields that `kind` does not have are left out, and those that a file lacks have their default where `kind` gives
+    one: schemas grow by additions.
 
     Args:
         where: what the value is called in a message.
@@ -28,8 +29,13 @@ def decode(kind: type[T], value: object, where: str) -> T:
     if not isinstance(value, dict):
         raise _wrong(where, "an object", value)
     decoded = {}
+    later = {
+        field.name for field in dataclasses.fields(typing.cast(Any, kind)) if field.default is not dataclasses.MISSING
+    }
     for name, annotation in typing.get_type_hints(kind).items():
         if name not in value:
+            if name in later:
+                continue
             raise UsageError(f"{where} lacks {name!r}", hint="the file is cut short or was changed by hand")
         decoded[name] = _as(annotation, value[name], f"{where}.{name}")
     return kind(**decoded)

@@ -53,6 +53,24 @@ def test_every_strategy_starts_every_container_and_the_accounts_agree(flatmount:
     assert page.read_text().startswith("<!doctype html>")
 
 
+def test_who_waits_for_the_mount_locks_is_recorded_by_strategy(flatmount: CommandLine, tmp_path: Path) -> None:
+    out, page = tmp_path / "storm.json", tmp_path / "storm.html"
+    text = flatmount(
+        "storm", "demo", "--containers", "24", "--concurrency", "8", "--repeats", "1", "--strategies", "per-layer,flat",
+        "--profile", "--json", str(out), "--html", str(page),
+    )  # fmt: skip
+    report = StormReport.from_json(json.loads(out.read_text()))
+    per_layer, flat = report.locks
+    assert (per_layer.strategy, flat.strategy) == ("per-layer", "flat")
+    for one in report.locks:
+        assert one.containers == 24 and one.missing == () and one.lost == 0
+        assert one.samples and 0 <= one.cpu_spinning + one.cpu_under_lock <= 1
+        assert one.grace_periods and one.unclassified_ms < 0.1 * (1 + one.namespace_sem_ms + one.mount_lock_ms)
+    # Each layer's umount waits for a grace period of its own; flat's one umount takes two, with the overlay's own.
+    assert per_layer.grace_periods > LAYERS * 24 > flat.grace_periods
+    assert "grace periods" in text and "Who waits for the mount locks" in page.read_text()
+
+
 def test_uppers_elsewhere_and_on_the_host(flatmount: CommandLine, tmp_path: Path) -> None:
     uppers = tmp_path / "uppers"
     uppers.mkdir()

@@ -135,7 +135,7 @@ def profile(samples: Samples) -> Profile:
         exit_code=None,
         sample_hz=199,
         waits=lock_waits(samples.waits, frozenset((10,))),
-        cpu=cpu_stacks((one.name, one.stack) for one in samples.cpu),
+        cpu=cpu_stacks((one.name, one.stack, one.process == 10) for one in samples.cpu),
         wait_stacks=wait_stacks(samples.waits),
         operations=(ProcessOperations(10, "<storm>", "pod x", True, calls),),
         moments=moments([(100_000_000_000, 30, 0, 0)], samples.waits, 100_000_000_000, 1.5),

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from flatmount.cli.common import open_store, run_directory, store_root_option, whole
 from flatmount.cli.image_demo import import_demo
 from flatmount.cli.storm_engines import ROOTFS, add_engine_options, refuse_engine_options, run_engines
+from flatmount.cli.storm_profile import with_locks
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
 from flatmount.report.html import page
 from flatmount.report.text import render, wants_colour
@@ -35,6 +36,7 @@ own. Without IMAGE it takes the demo image, and makes it if need be.
 _EXAMPLES = """examples:
   flatmount storm demo --containers 200 --html storm.html
   flatmount storm demo --copies 2 --watchers 2 --background 1000
+  flatmount storm demo --profile --html storm.html    # and what each strategy waits for, by lock
 """
 
 
@@ -70,6 +72,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("--uppers", metavar="DIR", help="where uppers go (default: a tmpfs of the storm's own)")
     parser.add_argument("--on-host", action="store_true", help="mount in the host's table, for all to see")
+    parser.add_argument("--profile", action="store_true", help="also record who waits for the mount locks, by strategy")
     add_engine_options(parser)
     parser.add_argument("--seed", metavar="N", help="picks the files that are read (default: made up, and printed)")
     parser.add_argument("--json", metavar="FILE", help="write everything measured as JSON; - for standard output")
@@ -80,6 +83,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def _run(args: argparse.Namespace) -> int:
     if args.engine != ROOTFS:
+        if args.profile:
+            raise UsageError("--profile is about strategies", hint="flatmount profile -- flatmount storm --engine ...")
         return run_engines(args, progress_line(), _image)
     refuse_engine_options(args)
     containers = whole(args.containers, "--containers", least=1, most=60000)
@@ -117,6 +122,8 @@ def _run(args: argparse.Namespace) -> int:
             seed=seed,
         )
         report = run_storm(store, image, settings, facts=facts, run=run, uppers=args.uppers, progress=progress)
+        if args.profile:
+            report = with_locks(report, store, image, facts=facts, run=run, uppers=args.uppers, progress=progress)
     progress("")
     _write(report, args.json, args.html)
     return EXIT_FAILED if any(result.failed for result in report.results) else EXIT_FINE

@@ -111,11 +111,14 @@ class Recorder:
         """Take the table's length in this process's mount namespace from now on, instead of in our own."""
         self._sampler.process = process
 
-    def stop(self, *, root_process: int | None = None, exit_code: int | None = None) -> Profile:
+    def stop(
+        self, *, root_process: int | None = None, same_program: bool = False, exit_code: int | None = None
+    ) -> Profile:
         """End the recording and evaluate it.
 
         Args:
             root_process: what descends from this process is the command's.
+            same_program: only what still runs the program that `root_process` does.
             exit_code: of the command.
         """
         ended_ns = time.monotonic_ns()
@@ -135,7 +138,9 @@ class Recorder:
         tally = Tally(length_of=lambda process: None, ignored=frozenset((os.getpid(),)))
         for line in self._lines:
             tally.take(line)
-        family = tally.descendants(root_process) if root_process is not None else frozenset()
+        family = frozenset[int]()
+        if root_process is not None:
+            family = tally.descendants(root_process, same_program=same_program)
         seconds = (ended_ns - self._begun_ns) / 1e9
         # perf runs a little longer at both ends than the rest does.
         window = range(self._begun_ns, ended_ns)
@@ -148,7 +153,7 @@ class Recorder:
             exit_code=exit_code,
             sample_hz=SAMPLE_HZ,
             waits=lock_waits(waits, family),
-            cpu=cpu_stacks((one.name, one.stack) for one in samples.cpu if one.at_ns in window),
+            cpu=cpu_stacks((one.name, one.stack, one.process in family) for one in samples.cpu if one.at_ns in window),
             wait_stacks=wait_stacks(waits),
             operations=tuple(
                 ProcessOperations(
@@ -190,17 +195,17 @@ def folded(name: str, stack: Sequence[str]) -> str:
     return ";".join((name.replace(";", ":"), *(frame.replace(";", ":") for frame in frames or ["[user]"])))
 
 
-def cpu_stacks(samples: Iterable[tuple[str, tuple[str, ...]]]) -> tuple[CpuStack, ...]:
-    """Samples by stack, the most first. `samples` are (process name, stack leaf first)."""
-    counts: dict[tuple[str, Work], int] = defaultdict(int)
+def cpu_stacks(samples: Iterable[tuple[str, tuple[str, ...], bool]]) -> tuple[CpuStack, ...]:
+    """Samples by stack, the most first. `samples` are (process name, stack leaf first, whether the command's)."""
+    counts: dict[tuple[str, Work, bool], int] = defaultdict(int)
     known: dict[tuple[str, tuple[str, ...]], tuple[str, Work]] = {}
-    for key in samples:
-        place = known.get(key)
+    for name, stack, of_command in samples:
+        place = known.get((name, stack))
         if place is None:
-            place = known[key] = (folded(*key), working_on(key[1]))
-        counts[place] += 1
+            place = known[name, stack] = (folded(name, stack), working_on(stack))
+        counts[*place, of_command] += 1
     ordered = sorted(counts.items(), key=lambda item: -item[1])[:_MOST_STACKS]
-    return tuple(CpuStack(text, work, samples) for (text, work), samples in ordered)
+    return tuple(CpuStack(text, work, number, ours) for (text, work, ours), number in ordered)
 
 
 def wait_stacks(waits: Sequence[Wait]) -> tuple[WaitStack, ...]:

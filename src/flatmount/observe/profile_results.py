@@ -32,11 +32,15 @@ class LockWaits:
 
 @dataclass(frozen=True, slots=True)
 class CpuStack:
-    """Samples with the same stack: root first, joined by `;`, the process's name in front."""
+    """Samples with the same stack: root first, joined by `;`, the process's name in front.
+
+    `of_command`: the processes descend from the command that was profiled.
+    """
 
     folded: str
     work: Work
     samples: int
+    of_command: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +154,11 @@ def unclassified_share(totals: Iterable[LockTotal]) -> float:
     return sum(one.total_ms for one in locks if one.lock is Lock.UNKNOWN) / whole if whole else 0.0
 
 
-def work_shares(stacks: Iterable[CpuStack]) -> dict[Work, float]:
-    """The share of samples for each kind of work; empty where there is no sample."""
+def work_shares(stacks: Iterable[CpuStack], *, command_only: bool = False) -> dict[Work, float]:
+    """The share of samples for each kind of work, of the command's processes or of all; empty where there is none."""
     counts: Counter[Work] = Counter()
     for stack in stacks:
-        counts[stack.work] += stack.samples
+        if stack.of_command or not command_only:
+            counts[stack.work] += stack.samples
     whole = counts.total()
     return {work: counts[work] / whole for work in Work if counts[work]} if whole else {}

@@ -57,6 +57,7 @@ class Tally:
     _called_as: dict[int, str] = field(default_factory=dict)
     _parents: dict[int, int] = field(default_factory=dict)
     _counts: dict[int, dict[tuple[str, Effect], _Count]] = field(default_factory=dict)
+    _executed: set[int] = field(default_factory=set)
 
     def take(self, line: str) -> None:
         """Take one line as the kernel printed it."""
@@ -93,11 +94,15 @@ class Tally:
             if process not in self.ignored
         )
 
-    def descendants(self, root: int) -> frozenset[int]:
-        """Every task that descends from `root`, and itself, as far as it was started while events were taken."""
+    def descendants(self, root: int, *, same_program: bool = False) -> frozenset[int]:
+        """Every task that descends from `root`, and itself, as far as it was started while events were taken.
+
+        With `same_program` only those that still run what `root` does, and what descends from these.
+        """
         family = {root}
+        left_out = self._executed - family if same_program else set()
         # A parent's number is no smaller or larger than its child's: it may have been used again. So until none is new.
-        while new := {task for task, parent in self._parents.items() if parent in family} - family:
+        while new := {task for task, parent in self._parents.items() if parent in family} - family - left_out:
             family |= new
         return frozenset(family)
 
@@ -126,6 +131,7 @@ class Tally:
 
     def _exec(self, event: Event) -> None:
         # What is executed through a descriptor (`/proc/self/fd/6`) keeps its name: a runtime that starts itself again.
+        self._executed.add(_process(event))
         name = os.path.basename(event.words().get("filename", ""))
         if name and not name.isdigit():
             self._names[_process(event)] = name

@@ -6,9 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 
-from flatmount.report.page import Cell, Row, document, plain_table, scroll, section
+from flatmount.report.page import Cell, Row, document, facts, header, legend, plain_table, scroll, section, tiles
 from flatmount.report.style import style_of
 from flatmount.report.svg import Axis, Bar, Point, Series, bar_chart, line_chart, thinned
+from flatmount.report.text import lock_share, unclassified
 from flatmount.storm.results import RunResult, StormReport, percentile
 from flatmount.storm.summary import Spread, StrategySummary, Summary, figure, sentence, summary
 
@@ -37,6 +38,7 @@ def page(report: StormReport) -> str:
             _table_over_time(report, outcome),
             _probe_over_time(report, outcome),
             _phases(report, outcome),
+            _locks(report, outcome),
         ]
     sections += [_facts(report), _runs(report), _METHOD]
     return document(title, names, sections)
@@ -45,11 +47,7 @@ def page(report: StormReport) -> str:
 def _header(report: StormReport, title: str) -> str:
     settings = report.settings
     how = f"{settings.containers:,} containers, {settings.concurrency:,} at a time"
-    return (
-        f'<header><p class="kicker">{escape(report.taken_at)} · Linux {escape(report.host.kernel)} · '
-        f"{how}</p>"
-        f'<h1>{escape(title)}</h1><p class="outcome">{escape(sentence(report))}</p></header>'
-    )
+    return header(f"{report.taken_at} · Linux {report.host.kernel} · {how}", title, sentence(report))
 
 
 def _tiles(outcome: Summary) -> str:
@@ -60,20 +58,19 @@ def _tiles(outcome: Summary) -> str:
     base = outcome.of(outcome.baseline)
     best = max(others, key=lambda entry: entry.starts_per_s.median)
     against = f"{best.strategy} against {base.strategy}"
-    tiles = []
+    shown = []
     if best.speedup:
-        tiles.append((f"{figure(best.speedup.median)} ×", f"as many starts a second, {against}"))
+        shown.append((f"{figure(best.speedup.median)} ×", f"as many starts a second, {against}"))
     if best.latency_p99_ms and base.latency_p99_ms:
         instead = figure(base.latency_p99_ms.median)
-        tiles.append((f"{figure(best.latency_p99_ms.median)} ms", f"p99 of a start instead of {instead} ms"))
+        shown.append((f"{figure(best.latency_p99_ms.median)} ms", f"p99 of a start instead of {instead} ms"))
     operations = best.operations_per_container
     noun = "mount operation" if operations == 1 else "mount operations"
-    tiles.append((f"{operations:,}", f"{noun} instead of {base.operations_per_container:,}"))
+    shown.append((f"{operations:,}", f"{noun} instead of {base.operations_per_container:,}"))
     if best.quotable_probe_ms and base.quotable_probe_ms:
         instead = figure(base.quotable_probe_ms)
-        tiles.append((f"{figure(best.quotable_probe_ms)} ms", f"p99 of a health check instead of {instead} ms"))
-    drawn = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
-    return f'<div class="tiles">{drawn}</div>'
+        shown.append((f"{figure(best.quotable_probe_ms)} ms", f"p99 of a health check instead of {instead} ms"))
+    return tiles(shown)
 
 
 def _rates(report: StormReport, outcome: Summary) -> str:
@@ -248,6 +245,61 @@ def _phases(report: StormReport, outcome: Summary) -> str:
     )
 
 
+def _locks(report: StormReport, outcome: Summary) -> str:
+    places = {entry.strategy: index for index, entry in enumerate(outcome.strategies)}
+    found = [one for one in report.locks if one.strategy in places]
+    if not found:
+        return ""
+    base = found[0].mount_locks_us_each
+    least = min((one.mount_locks_us_each for one in found if one.mount_locks_us_each), default=1.0)
+    bars = [
+        Bar(
+            style_of(places[one.strategy]),
+            one.strategy,
+            max(one.mount_locks_us_each, least / 2),
+            f"{figure(one.mount_locks_us_each)}  ({lock_share(one.mount_locks_us_each, base)})",
+        )
+        for one in found
+    ]
+    chart = bar_chart(
+        "Waiting for the mount locks, for each container",
+        bars,
+        Axis.logarithmic(
+            "microseconds waited for a container (logarithmic)", [least / 2, *(bar.value for bar in bars)]
+        ),
+    )
+    rows = [
+        [
+            f'<i class="{style_of(places[one.strategy])}"></i>{escape(one.strategy)}',
+            figure(one.namespace_sem_ms * 1e3 / max(one.containers, 1)),
+            figure(one.mount_lock_ms * 1e3 / max(one.containers, 1)),
+            figure(one.other_locks_ms * 1e3 / max(one.containers, 1)),
+            unclassified(one),
+            figure(one.grace_period_us_each),
+            f"{one.grace_periods / max(one.containers, 1):.1f}",
+            *((f"{share:.1%}" if one.samples else "–") for share in (one.cpu_spinning, one.cpu_under_lock)),
+            f"{one.samples:,}",
+        ]
+        for one in found
+    ]
+    heads = ["strategy", "namespace_sem|us each", "mount_lock|us each", "other locks|us each", "unclassified|of locks"]
+    heads += [
+        "grace periods|us each",
+        "grace periods|waits each",
+        "spinning|of samples",
+        "under a lock|of samples",
+        "samples|on CPU",
+    ]
+    left_out = "".join(f"<li>{escape(what)}</li>" for what in dict.fromkeys(w for one in found for w in one.missing))
+    return section(
+        "Who waits for the mount locks",
+        "One more burst of each strategy, recorded and not timed, undoing included: the kernel's contention events, "
+        "told apart by the functions of the stack that waited. Grace periods of RCU are no lock and in none of these "
+        "bars: an umount takes one, or two. Shares are of the samples of the storm's own tasks on the processors.",
+        scroll(chart) + plain_table(heads, rows) + (f"<p>Left out:</p><ul>{left_out}</ul>" if left_out else ""),
+    )
+
+
 def _facts(report: StormReport) -> str:
     host, image, settings = report.host, report.image, report.settings
     lists = {
@@ -279,13 +331,7 @@ def _facts(report: StormReport) -> str:
             ("seed", str(settings.seed)),
         ],
     }
-    drawn = "".join(
-        f"<div><h2>{head}</h2><dl>"
-        + "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-        + "</dl></div>"
-        for head, facts in lists.items()
-    )
-    return f'<section class="facts">{drawn}</section>'
+    return facts(lists)
 
 
 def _runs(report: StormReport) -> str:
@@ -357,12 +403,7 @@ def _range(entry: StrategySummary) -> tuple[float, float] | tuple[None, None]:
 
 
 def _legend(outcome: Summary) -> str:
-    entries = "".join(
-        f'<li class="{style_of(index)}"><svg viewBox="0 0 30 10" aria-hidden="true">'
-        f'<path class="line" d="M0 5H30"/></svg>{escape(entry.strategy)}</li>'
-        for index, entry in enumerate(outcome.strategies)
-    )
-    return f'<ul class="legend">{entries}</ul>'
+    return legend((style_of(index), entry.strategy) for index, entry in enumerate(outcome.strategies))
 
 
 def _table(outcome: Summary, heads: Sequence[str], rows: Sequence[Row]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from flatmount.report.style import style_sheet
@@ -25,9 +25,45 @@ def document(title: str, series: tuple[str, ...], sections: Iterable[str]) -> st
     )
 
 
+def header(kicker: str, title: str, outcome: str) -> str:
+    """The head of a page: where and when in small print, what it is, and what it says in one sentence."""
+    return (
+        f'<header><p class="kicker">{escape(kicker)}</p><h1>{escape(title)}</h1>'
+        f'<p class="outcome">{escape(outcome)}</p></header>'
+    )
+
+
+def tiles(shown: Iterable[tuple[str, str]]) -> str:
+    """The few figures that a reader takes along, each with what it is; nothing for none."""
+    drawn = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in shown)
+    return f'<div class="tiles">{drawn}</div>' if drawn else ""
+
+
+def legend(entries: Iterable[tuple[str, str]]) -> str:
+    """Which line is whose: classes of the style sheet with their names."""
+    drawn = "".join(
+        f'<li class="{style}"><svg viewBox="0 0 30 10" aria-hidden="true"><path class="line" d="M0 5H30"/></svg>'
+        f"{escape(name)}</li>"
+        for style, name in entries
+    )
+    return f'<ul class="legend">{drawn}</ul>'
+
+
+def facts(lists: Mapping[str, Iterable[tuple[str, str]]]) -> str:
+    """Lists of names with values, side by side where there is room."""
+    drawn = "".join(
+        f"<div><h2>{escape(head)}</h2><dl>"
+        + "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in entries)
+        + "</dl></div>"
+        for head, entries in lists.items()
+    )
+    return f'<section class="facts">{drawn}</section>'
+
+
 def section(head: str, text: str, body: str) -> str:
     """A part of a page: its head, a line that says how to read it, and what it shows."""
-    return f"<section><h2>{escape(head)}</h2><p>{escape(text)}</p><figure>{body}</figure></section>"
+    said = f"<p>{escape(text)}</p>" if text else ""
+    return f"<section><h2>{escape(head)}</h2>{said}<figure>{body}</figure></section>"
 
 
 def scroll(chart: str) -> str:

@@ -80,6 +80,19 @@ td i {
   display: inline-block; width: .7rem; height: .7rem; margin-right: .5rem; border-radius: 2px;
   background: var(--c);
 }
+section > ul { margin: .4rem 0 .6rem; padding-left: 1.2rem; }
+.finding { border-left: 3px solid var(--c); padding-left: 1rem; margin-top: 2.2rem; }
+.finding h2 { margin-top: 0; }
+.finding p.remedy { margin: .5rem 0; }
+.badge {
+  color: var(--c); border: 1px solid var(--c); border-radius: 1rem; padding: .05rem .55rem; margin-right: .3rem;
+  font-size: .78rem; font-weight: 600; vertical-align: .12em; white-space: nowrap;
+}
+.critical { --c: light-dark(#b42318, #ff8a7a); } .warning { --c: light-dark(#a16207, #e5b84b); }
+.note { --c: var(--soft); }
+details { margin: .6rem 0 0; } summary { color: var(--soft); font-size: .9rem; cursor: pointer; }
+details p { margin: .5rem 0; max-width: 48rem; font-size: .93rem; }
+code { font: .82rem/1.4 ui-monospace, "Liberation Mono", monospace; }
 .bad { color: light-dark(#b42318, #ff8a7a); font-weight: 600; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 2.5rem; }
 dl { margin: .6rem 0 0; }

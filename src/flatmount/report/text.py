@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from flatmount.storm.results import RunResult, StormReport
+from flatmount.storm.results import RunResult, StormReport, StrategyLocks
 from flatmount.storm.summary import Spread, StrategySummary, Summary, figure, sentence, summary
 
 _BOLD, _DIM, _RED, _GREEN, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[0m"
@@ -34,6 +34,8 @@ def render(report: StormReport, *, width: int = 100, colour: bool = False) -> st
     outcome = summary(report)
     paint = _painter(colour)
     lines = _table(_columns(report, outcome), outcome, width, paint) if outcome.strategies else []
+    if report.locks:
+        lines += ["", *_locks(report.locks, width, paint)]
     notes = [line for note in _notes(report) for line in _wrapped(note, width)]
     lines += ["", *(paint(_DIM, note) for note in notes)]
     lines += ["", *_wrapped(sentence(report), width)]
@@ -91,6 +93,59 @@ def _table(columns: list[_Column], outcome: Summary, width: int, paint: Callable
             for entry in outcome.strategies
         ),
     ]
+
+
+def _locks(locks: Sequence[StrategyLocks], width: int, paint: Callable[[str, str], str]) -> list[str]:
+    """Who waited for what, by strategy, in a burst that was recorded apart."""
+    heads = [("waited for", ""), ("mount locks", "us each"), ("of baseline", ""), ("grace periods", "us each")]
+    heads += [("on CPU: mount locks", "of its samples"), ("unclassified", "of lock waits")]
+    base = locks[0].mount_locks_us_each
+    rows = [
+        [
+            one.strategy,
+            figure(one.mount_locks_us_each),
+            lock_share(one.mount_locks_us_each, base),
+            figure(one.grace_period_us_each),
+            f"{one.cpu_spinning + one.cpu_under_lock:.1%}" if one.samples else "–",
+            unclassified(one),
+        ]
+        for one in locks
+    ]
+    while len(heads) > 4 and sum(_widths(heads, rows)) + _GAP * (len(heads) - 1) > width:
+        heads, rows = heads[:-1], [row[:-1] for row in rows]
+    widths = _widths(heads, rows)
+
+    def line(cells: Sequence[str], code: str = "") -> str:
+        aligned = [c.ljust(w) if at == 0 else c.rjust(w) for at, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return paint(code, (" " * _GAP).join(aligned))
+
+    left_out = dict.fromkeys(what for one in locks for what in one.missing)
+    lost = sum(one.lost for one in locks)
+    return [
+        line([head for head, _ in heads], _BOLD),
+        line([unit for _, unit in heads], _DIM),
+        *(line(row) for row in rows),
+        *(f"left out: {what}" for what in left_out),
+        *([f"{lost:,} events were lost while it was recorded"] if lost else []),
+    ]
+
+
+def _widths(heads: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(len(text) for text in (*head, *(row[at] for row in rows))) for at, head in enumerate(heads)]
+
+
+def lock_share(value: float, base: float) -> str:
+    """A strategy's waiting by the first one's, or a dash where that did not wait."""
+    if not base:
+        return "–"
+    share = value / base
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.3%}"
+
+
+def unclassified(one: StrategyLocks) -> str:
+    """The share of lock waiting whose lock is not known; a dash where nobody waited."""
+    whole = one.namespace_sem_ms + one.mount_lock_ms + one.other_locks_ms + one.unclassified_ms
+    return f"{one.unclassified_ms / whole:.1%}" if whole else "–"
 
 
 def _column_width(column: _Column, outcome: Summary) -> int:

@@ -71,6 +71,7 @@ def run_storm(
     run: str,
     uppers: str | None,
     progress: Progress,
+    account: bool = True,
 ) -> StormReport:
     """Run the whole storm.
 
@@ -83,6 +84,7 @@ def run_storm(
         run: the run directory, for the workplace.
         uppers: an existing directory in which the storm makes one for its uppers.
         progress: told what is going on, in a few words.
+        account: first a burst of each strategy for the kernel's own count; who only wants the bursts leaves it out.
 
     Raises: FlatmountError; Interrupted.
     """
@@ -99,7 +101,8 @@ def run_storm(
         storm = _Storm(store, image, settings, facts, place, elsewhere[0] if elsewhere else f"{place}/uppers", stop)
         probe = stack.enter_context(HealthProbe())
         storm.prepare(progress)
-        accounts = {name: storm.account(name, progress) for name in settings.strategies}
+        unasked = Account(None, "not asked")
+        accounts = {name: storm.account(name, progress) if account else unasked for name in settings.strategies}
         results = [
             storm.measure(name, repeat, accounts[name], probe, progress)
             for repeat in range(settings.repeats)

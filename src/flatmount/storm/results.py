@@ -229,10 +229,49 @@ def measured(
 
 
 @dataclass(frozen=True, slots=True)
+class StrategyLocks:
+    """What one strategy waited for and spun on, recorded in a burst of its own: recording makes a burst slower.
+
+    Milliseconds are waited by the storm's own tasks, undoing included, its health probe and watchers not; `waits` are
+    those for the two mount locks, `grace_periods` those for grace periods, which are no lock. Shares are of the
+    processor samples of these tasks: `cpu_spinning` turned round for a mount lock, `cpu_under_lock` worked while
+    others waited for one. `missing` names what could not be recorded, whose figures are then 0; `lost` counts events
+    that the kernel had no room for.
+    """
+
+    strategy: str
+    containers: int
+    namespace_sem_ms: float
+    mount_lock_ms: float
+    other_locks_ms: float
+    unclassified_ms: float
+    grace_period_ms: float
+    grace_periods: int
+    waits: int
+    samples: int
+    cpu_spinning: float
+    cpu_under_lock: float
+    cpu_grace_period: float
+    lost: int
+    missing: tuple[str, ...]
+
+    @property
+    def mount_locks_us_each(self) -> float:
+        """Microseconds that one container waited for the two mount locks."""
+        return (self.namespace_sem_ms + self.mount_lock_ms) * 1e3 / max(self.containers, 1)
+
+    @property
+    def grace_period_us_each(self) -> float:
+        """Microseconds that one container waited for grace periods, which are no lock."""
+        return self.grace_period_ms * 1e3 / max(self.containers, 1)
+
+
+@dataclass(frozen=True, slots=True)
 class StormReport:
     """A storm: when, where, on what, how, and a result for each strategy and repeat in the order they ran.
 
-    `taken_at` is when it began, in UTC as ISO 8601 writes it (`2026-01-31T12:00:00Z`).
+    `taken_at` is when it began, in UTC as ISO 8601 writes it (`2026-01-31T12:00:00Z`). `locks` has an entry for each
+    strategy where the storm was asked to record them.
     """
 
     taken_at: str
@@ -240,6 +279,7 @@ class StormReport:
     image: ImageFacts
     settings: Settings
     results: tuple[RunResult, ...]
+    locks: tuple[StrategyLocks, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object with its schema's name; `from_json` gives an equal report."""
