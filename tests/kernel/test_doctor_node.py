@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from flatmount.kernel.executor import run_once
+from flatmount.kernel.mounts import mount_count
+from flatmount.observe.doctor import software
 from flatmount.observe.doctor.checks import diagnose
 from flatmount.observe.doctor.findings import Finding, Severity
 from flatmount.observe.doctor.gather import gather, largest_peers
@@ -22,6 +25,7 @@ from flatmount.plan.operations import Mount, MountFlag, MountPlan
 from flatmount.store import Store
 
 MANY = 20_000
+MANY_MORE = 50_000 if os.environ.get("FLATMOUNT_SOAK") else 5_000
 
 
 def found() -> dict[str, Finding]:
@@ -113,6 +117,37 @@ def test_a_per_layer_storm_under_way(ram: Path) -> None:
     named = [one for one in findings if one.id == "per-layer-assembly" and f"[{storm.pid}]" in one.evidence[0]]
     assert len(named) == 1
     assert named[0].severity is Severity.CRITICAL
+
+
+@pytest.mark.parametrize(("program", "package"), [("containerd", "containerd"), ("runc", "runc")])
+def test_real_engines_are_asked_for_their_version_and_judged_by_it(program: str, package: str) -> None:
+    shown = subprocess.run(
+        ["dpkg-query", "-W", "-f", "${source:Upstream-Version}", package], capture_output=True, text=True, check=False
+    ).stdout
+    assert shown, "tools/setup --tests installs it"
+    known = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", shown)
+    assert known
+    (engine,) = [one for one in software.engines(()) if one.name == program]
+    assert engine.version == tuple(int(number or 0) for number in known.groups())
+    expected = {"containerd": ("containerd-copies", (2, 0, 0)), "runc": ("runc-self-bind", (1, 2, 0))}[program]
+    state = gather(look_s=0.1)
+    named = [one for one in diagnose(state) if one.id == expected[0]]
+    assert bool(named) is (engine.version < expected[1])
+    assert all(engine.said in one.evidence[0] for one in named)
+
+
+def test_fifty_thousand_mounts_are_looked_at_and_nothing_is_left(kubelet: Path) -> None:
+    source = Path("/var/lib/source")
+    source.mkdir()
+    operations = [Mount("source", str(source), "tmpfs")]
+    for number in range(MANY_MORE):
+        (kubelet / str(number)).mkdir()
+        operations.append(Mount(str(source), f"{kubelet}/{number}", None, MountFlag.BIND))
+    run_once(MountPlan(tuple(operations)))
+    before = mount_count()
+    state = gather()
+    assert state.table.mounts == before >= MANY_MORE
+    assert mount_count() == before
 
 
 def test_a_quiet_table_has_no_loop_and_an_ordinary_file_system_can_be_id_mapped(ram: Path) -> None:

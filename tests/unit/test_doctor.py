@@ -14,7 +14,7 @@ import pytest
 from flatmount.cli.main import main
 from flatmount.errors import EXIT_USAGE
 from flatmount.observe.causes import Calls
-from flatmount.observe.doctor import checks, engine_checks, software
+from flatmount.observe.doctor import checks, engine_checks, snapshotters, software
 from flatmount.observe.doctor.checks import diagnose
 from flatmount.observe.doctor.findings import Diagnosis, Finding, Severity, verdict
 from flatmount.observe.doctor.gather import causes_of
@@ -176,6 +176,36 @@ def test_what_a_start_costs_is_said_for_the_deepest_image() -> None:
     assert ids(parse) == {"containerd-table-parse": Severity.WARNING}
 
 
+def test_what_a_start_of_each_image_costs_by_engine_and_store() -> None:
+    images = (
+        Image("containerd", "deep", 60),
+        Image("containerd", "flat", 2),
+        Image("podman or CRI-O", "shop", 30),
+        Image("docker", "other", 3),
+    )
+    old = Engine("containerd", (2, 0, 5), "said", "/usr/bin/containerd", True)
+    podman = Engine("podman", (4, 3, 1), "said", "/usr/bin/podman", False)
+    crio = Engine("crio", (1, 24, 0), "said", "/usr/bin/crio", True)
+
+    def costs(*engines: Engine) -> dict[str, int | None]:
+        state = replace(HEALTHY, engines=engines, images=images)
+        return {cost.name: cost.operations for cost in engine_checks.image_costs(state)}
+
+    constant = engine_checks.start_operations(podman, 1)
+    assert constant == engine_checks.start_operations(podman, 100)
+    assert costs(old, podman) == {"deep": 288, "flat": 56, "shop": constant, "other": None}
+    assert costs(replace(old, version=(2, 2, 0))) == {"deep": 57, "flat": 57, "shop": None, "other": None}
+    assert costs(podman, crio)["shop"] is None, "the one that runs is meant, and copies"
+    said = engine_checks.image_costs(replace(HEALTHY, engines=(old, podman), images=images))
+    assert said[0].name == "deep"
+    assert said[0].how == "containerd 2.0.5: four for each layer"
+    assert said[-1].how == "its engine is not here"
+    shown = Diagnosis("2026-01-31T12:00:00Z", "6.18", 1.5, 60, "fine", (), (), said)
+    text = render_diagnosis(shown, width=100)
+    assert "288  deep, 60 layers (containerd 2.0.5: four for each layer)" in text
+    assert Diagnosis.from_json(json.loads(json.dumps(shown.to_json()))) == shown
+
+
 @pytest.mark.parametrize(
     ("name", "version", "found"),
     [
@@ -254,7 +284,7 @@ def test_time_outs_in_a_journal() -> None:
 
 
 def test_every_finding_has_a_page_and_no_page_is_left_over(capsys: pytest.CaptureFixture[str]) -> None:
-    source = Path(checks.__file__).read_text() + Path(engine_checks.__file__).read_text()
+    source = "".join(Path(module.__file__).read_text() for module in (checks, engine_checks, snapshotters))
     assert all(f'"{name}",' in source for name in PAGES)
     assert source.count("Finding(\n") == len(PAGES)
     assert main(["doctor", "--explain", "leaked-mounts"]) == 0

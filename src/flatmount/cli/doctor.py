@@ -11,6 +11,7 @@ import time
 from flatmount.cli.common import json_option
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, FlatmountError, UsageError
 from flatmount.observe.doctor.checks import diagnose
+from flatmount.observe.doctor.engine_checks import image_costs
 from flatmount.observe.doctor.findings import Diagnosis, verdict
 from flatmount.observe.doctor.gather import gather
 from flatmount.observe.doctor.pages import PAGES
@@ -79,6 +80,7 @@ def _look() -> Diagnosis:
         verdict=verdict(findings, state.unseen),
         findings=findings,
         unseen=state.unseen,
+        images=image_costs(state),
     )
 
 

@@ -38,8 +38,26 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageCost:
+    """An image here, and the mount operations of one start of it with a user namespace of its own.
+
+    `operations` is None where the engine copies the image instead of id-mapping its layers, or is not known; `how` says
+    it in words.
+    """
+
+    engine: str
+    name: str
+    layers: int
+    operations: int | None
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All findings, the most severe first, with a verdict in one sentence and what could not be seen."""
+    """All findings, the most severe first, with a verdict in one sentence and what could not be seen.
+
+    `images` are those in the engines' stores, the dearest to start first.
+    """
 
     taken_at: str
     kernel: str
@@ -48,6 +66,7 @@ class Diagnosis:
     verdict: str
     findings: tuple[Finding, ...]
     unseen: tuple[str, ...]
+    images: tuple[ImageCost, ...] = ()
 
     @property
     def healthy(self) -> bool:

@@ -78,6 +78,31 @@ with their owners changed: time and space grow with the size of the image.
 
 Nothing is wrong as long as no container has a user namespace of its own.
 Do: update before switching them on, or use flatmount's snapshotter, which serves 1.6 id-mapped root file systems.""",
+    "snapshotter-missing": """\
+containerd's configuration names a snapshotter that is neither built in nor a proxy plugin: images cannot be unpacked
+and containers not started with it.
+
+Seen by: containerd's configuration (versions 1 to 3, with its imports); containerd itself was not asked.
+Do: name one that is there, or add [proxy_plugins.NAME] with its type and address.""",
+    "snapshotter-copies": """\
+The snapshotter `native` has no overlayfs: each container gets a copy of every file of its image. There are few mounts,
+and a start takes as long as copying.
+
+Seen by: containerd's configuration.
+Do: configure "overlayfs", unless the file system below cannot do it.""",
+    "snapshotter-fuse": """\
+Snapshotters that read layers from a registry while containers run (stargz, soci, nydus and the like) mount a FUSE file
+system for each such layer. These mounts stay for as long as an image is used and lengthen the table that every start
+copies.
+
+Nothing is wrong. Seen by: containerd's configuration. Do: watch the table's length.""",
+    "snapshotter-no-remap": """\
+From 2.0 on containerd hands id mappings to a proxy snapshotter that declares the capability "remap-ids". Without it,
+containerd copies the layers and changes their owners for each user range, and still sends the mappings: a snapshotter
+that shifts ids as well then shows files that belong to nobody.
+
+Seen by: containerd's configuration.
+Do: add capabilities = ["remap-ids"] to the plugin's section, if it does shift ids.""",
     "runc-self-bind": """\
 runc before 1.2 bind-mounts its own binary read-only for a moment at each start and each exec: two mounts and an umount
 in the host's table. With health checks by exec that wakes whoever follows the table all the time.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flatmount.observe.doctor.snapshotters import Snapshotter
 from flatmount.observe.leak_results import Leak
 from flatmount.observe.owners import Owner
 
@@ -112,7 +113,7 @@ class TimeOut:
 
 @dataclass(frozen=True, slots=True)
 class NodeState:
-    """Everything. `init_cpu_share` is PID 1's share of one processor."""
+    """Everything. `init_cpu_share` is PID 1's share of one processor; `snapshotter` is what containerd is to use."""
 
     table: Table
     init_name: str
@@ -126,3 +127,4 @@ class NodeState:
     time_outs: tuple[TimeOut, ...]
     leaks: tuple[Leak, ...]
     unseen: tuple[str, ...]
+    snapshotter: Snapshotter | None = None
