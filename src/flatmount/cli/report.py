@@ -15,8 +15,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser = verbs.add_parser(
         "report",
         help="show results that were saved, or put several side by side",
-        description="Show what storm, trace, profile or doctor wrote with --json or --save. Several files of one kind "
-        "become one table with a column for each.",
+        description="Show what storm (also of engines), trace, profile, doctor or cpu bench wrote with --json, --save "
+        "or --output, or watch with --jsonl. Several files of one kind become one table with a column for each.",
         epilog="examples: flatmount report storm.json --html storm.html    flatmount report before.json after.json",
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="results as JSON")

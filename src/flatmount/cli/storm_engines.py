@@ -11,7 +11,7 @@ from collections.abc import Callable
 from flatmount.cli.common import open_store, root_directory, run_directory, whole
 from flatmount.cli.containers import recovered
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
-from flatmount.report.starts import render
+from flatmount.report.starts import page, render
 from flatmount.rootfs.image import probe_store, require_root
 from flatmount.rootfs.mounting import recover
 from flatmount.store import Store, StoredImage
@@ -53,8 +53,8 @@ def run_engines(
     image_of: Callable[[argparse.Namespace, Store, Progress], StoredImage],
 ) -> int:
     """Run the storm and show what it measured."""
-    if args.html is not None:
-        raise UsageError("there is no page for a storm of engines", hint="--json writes everything measured")
+    if args.html is not None and not os.path.isdir(os.path.dirname(os.path.abspath(args.html))):
+        raise UsageError(f"{args.html}: its directory does not exist", hint="make it first")
     containers = whole(args.containers, "--containers", least=1, most=10000)
     settings = StartSettings(
         engines=tuple(dict.fromkeys(args.engine.split(","))),
@@ -89,6 +89,9 @@ def run_engines(
         )
     progress("")
     _write(report, args.json)
+    if args.html is not None:
+        with open(args.html, "w", encoding="utf-8") as file:
+            file.write(page(report))
     return EXIT_FAILED if not report.waves or any(wave.failed for wave in report.waves) else EXIT_FINE
 
 

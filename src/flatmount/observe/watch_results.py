@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
+
+from flatmount.decoding import decode
+from flatmount.errors import UsageError
 
 SCHEMA = "flatmount.watch/1"
 
@@ -59,3 +63,26 @@ class Sample:
     def to_json(self) -> dict[str, Any]:
         """As one JSON object with its schema's name."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object) -> Sample:
+        """The sample that `value`, as `json.load` returned it, holds. Raises: UsageError naming the field."""
+        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+            raise UsageError("not a sample of `watch`", hint=f"give lines with schema {SCHEMA}")
+        return decode(cls, value, "watch")
+
+
+@dataclass(frozen=True, slots=True)
+class WatchLog:
+    """What `watch --jsonl` wrote: its samples in the order in which they were taken, one at least."""
+
+    samples: tuple[Sample, ...]
+
+    @property
+    def seconds(self) -> float:
+        """How long was watched."""
+        return sum(sample.seconds for sample in self.samples)
+
+    def times(self) -> tuple[float, ...]:
+        """Seconds from the beginning to the end of each sample."""
+        return tuple(accumulate(sample.seconds for sample in self.samples))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from flatmount.decoding import decode
+from flatmount.cpu.records import from_data
+from flatmount.cpu.results import SCHEMA as CPU
+from flatmount.cpu.results import BenchResult
+from flatmount.cpu.validation import SCHEMA as VALIDATION
+from flatmount.cpu.validation import Validation
 from flatmount.errors import UsageError
 from flatmount.observe.doctor.findings import SCHEMA as DOCTOR
 from flatmount.observe.doctor.findings import Diagnosis
@@ -17,8 +22,10 @@ from flatmount.observe.profile_results import Profile, lock_totals, work_shares
 from flatmount.observe.symbols import Work
 from flatmount.observe.trace_results import SCHEMA as TRACE
 from flatmount.observe.trace_results import TraceReport, fits
-from flatmount.report import doctor, html, profile, starts, text, trace
-from flatmount.report.page import document, plain_table, section
+from flatmount.observe.watch_results import SCHEMA as WATCH
+from flatmount.observe.watch_results import Sample, WatchLog
+from flatmount.report import cpu, cpu_text, doctor, html, profile, starts, text, trace, watch_log
+from flatmount.report.page import document, header, plain_table, section
 from flatmount.storm.results import SCHEMA as STORM
 from flatmount.storm.results import StormReport
 from flatmount.storm.starts_results import SCHEMA as STARTS
@@ -52,7 +59,11 @@ def read_results(path: str) -> Results:
     """Read a file of results. Raises: UsageError for what is not one, or of a schema that is not known."""
     try:
         with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+            text = file.read()
+        log = _watched(text)
+        if log is not None:
+            return Results(path, _KINDS[WATCH], log)
+        value = json.loads(text)
     except ValueError as error:
         raise UsageError(f"{path} is not JSON: {error}", hint="give a file that --json or --save wrote") from error
     except OSError as error:
@@ -62,6 +73,16 @@ def read_results(path: str) -> Results:
     if kind is None:
         raise UsageError(f"{path}: no results with schema {schema!r} are known", hint=f"known: {', '.join(_KINDS)}")
     return Results(path, kind, kind.load(value))
+
+
+def _watched(text: str) -> WatchLog | None:
+    """The samples of lines that `watch --jsonl` wrote; the last may have been cut. None for anything else."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines or f'"{WATCH}"' not in lines[0]:
+        return None
+    if len(lines) > 1 and not lines[-1].endswith("}"):
+        lines.pop()
+    return WatchLog(tuple(Sample.from_json(json.loads(line)) for line in lines))
 
 
 def render(results: Sequence[Results]) -> str:
@@ -89,7 +110,8 @@ def page(results: Sequence[Results]) -> str:
     title = f"{kind.name}: {len(results)} results side by side"
     table = plain_table(heads, [[escape(cell) for cell in row] for row in rows])
     note = "The last column is the last result by the first." if len(results) == 2 else ""
-    return document(title, (), [f"<header><h1>{escape(title)}</h1></header>", section("Figures", note, table)])
+    listed = " · ".join(os.path.basename(one.path) for one in results)
+    return document(title, (), [header(listed, title, note), section("Figures", "", table)])
 
 
 def side_by_side(results: Sequence[Results]) -> tuple[list[str], list[list[str]]]:
@@ -136,6 +158,11 @@ def _of_storm(report: StormReport) -> Figures:
             if spread is not None:
                 found[f"{entry.strategy}: {name}"] = spread.median
         found[f"{entry.strategy}: failed"] = float(entry.failed)
+    for one in report.locks:
+        found[f"{one.strategy}: waited for mount locks, us each"] = one.mount_locks_us_each
+        found[f"{one.strategy}: waited for grace periods, us each"] = one.grace_period_us_each
+        found[f"{one.strategy}: waits for grace periods, each"] = one.grace_periods / max(one.containers, 1)
+        found[f"{one.strategy}: processors on mount locks, %"] = 100 * (one.cpu_spinning + one.cpu_under_lock)
     return found
 
 
@@ -148,6 +175,32 @@ def _of_starts(report: StartsReport) -> Figures:
             found[f"{name}: p50 ms"] = one.latency_ms.p50
         found[f"{name}: failed"] = float(one.failed)
     return found
+
+
+def _ended(text: str) -> str:
+    return text if text.endswith("\n") else text + "\n"
+
+
+def _bench(value: Any) -> BenchResult:
+    return from_data(BenchResult, value, "cpu bench")
+
+
+def _of_bench(bench: BenchResult) -> Figures:
+    found: Figures = {"processors": float(len(bench.topology.cpus))}
+    found |= {f"{f.kind.value}, {f.placement}, {f.threads} threads: ns": f.ns.median for f in bench.locks}
+    found |= {f"processors {c.a} and {c.b}: ns": c.ns.median for c in bench.matrix}
+    return found | {
+        f"{f.burst}{f' at {f.placement}' if f.placement else ''}: ms": f.wall_s.median * 1e3 for f in bench.bursts
+    }
+
+
+def _validation(value: Any) -> Validation:
+    return from_data(Validation, value, "cpu model")
+
+
+def _of_validation(validation: Validation) -> Figures:
+    found: Figures = {"median error, %": 100 * validation.median_error}
+    return found | {f"{point.burst}: error, %": 100 * abs(point.error) for point in validation.points}
 
 
 def _of_trace(report: TraceReport) -> Figures:
@@ -173,8 +226,13 @@ def _of_diagnosis(diagnosis: Diagnosis) -> Figures:
 
 _KINDS = {
     STORM: Kind("storm", StormReport.from_json, text.render, html.page, _of_storm),
-    STARTS: Kind("starts", lambda value: decode(StartsReport, value, "starts"), starts.render, None, _of_starts),
+    STARTS: Kind("starts", StartsReport.from_json, starts.render, starts.page, _of_starts),
     TRACE: Kind("trace", TraceReport.from_json, trace.render_trace, trace.page, _of_trace),
     PROFILE: Kind("profile", Profile.from_json, profile.render_profile, profile.page, _of_profile),
+    CPU: Kind("cpu bench", _bench, lambda bench: _ended(cpu_text.bench_text(bench)), cpu.page, _of_bench),
+    VALIDATION: Kind(
+        "cpu model", _validation, lambda found: _ended(cpu_text.validation_text(found)), None, _of_validation
+    ),
+    WATCH: Kind("watch", lambda log: log, watch_log.render_log, watch_log.page, lambda log: {**watch_log.figures(log)}),
     DOCTOR: Kind("doctor", Diagnosis.from_json, doctor.render_diagnosis, doctor.page, _of_diagnosis),
 }

@@ -16,13 +16,13 @@ from flatmount.observe.profile_results import (
     work_shares,
 )
 from flatmount.observe.symbols import MOUNT_LOCKS, Lock, Work
-from flatmount.report.flame import flame_graph, weights
-from flatmount.report.page import Row, document, plain_table, scroll, section
+from flatmount.report.flame import Weighted, flame_graph, weights
+from flatmount.report.page import Row, document, facts, header, legend, plain_table, scroll, section, tiles
 from flatmount.report.style import style_of
 from flatmount.report.svg import Axis, Point, Series, line_chart, thinned
 from flatmount.storm.summary import figure
 
-_MOST_ROWS = 15
+_MOST_ROWS, _MOST_STACKS = 15, 10
 _MOST_POINTS = 600
 _SERIES = ("namespace_sem", "mount_lock", "grace periods")
 
@@ -72,22 +72,20 @@ def page(profile: Profile) -> str:
     """The whole HTML document. Works without a network, in light and dark, and on paper."""
     title = f"Profile: {' '.join(profile.command)}" if profile.command else f"Profile of {profile.seconds:.0f} seconds"
     cpu, waits = weights(profile)
-    header = (
-        f'<header><p class="kicker">{escape(profile.taken_at)} · Linux {escape(profile.host.kernel)} · '
-        f"{profile.host.cpus} CPUs · {profile.seconds:.1f} s</p>"
-        f'<h1>{escape(title)}</h1><p class="outcome">{escape(sentence(profile))}</p></header>'
-    )
+    where = f"Linux {profile.host.kernel} · {profile.host.cpus} CPUs · {profile.seconds:.1f} s"
+    head = header(f"{profile.taken_at} · {where}", title, sentence(profile))
     return document(
         title,
         _SERIES,
         [
-            header,
+            head,
             _tiles(profile),
             _flame(
                 "Waiting for locks",
                 "Milliseconds that tasks waited, by the stack that waited. Red: mount locks; grey: grace periods, "
                 "which are no lock. A pointer over a frame shows its time.",
                 flame_graph("Waits by stack", waits, "ms"),
+                waits,
             ),
             _lock_section(profile),
             _flame(
@@ -95,6 +93,7 @@ def page(profile: Profile) -> str:
                 f"Kernel stacks, sampled {profile.sample_hz} times a second on every busy processor. Red: spinning on "
                 "a mount lock, or working under one.",
                 flame_graph("Samples by stack", cpu, "ms"),
+                cpu,
             ),
             _work_section(profile),
             _over_time(profile),
@@ -160,7 +159,7 @@ def _tiles(profile: Profile) -> str:
     who = "by the command" if profile.command else "all tasks together"
     shares = work_shares(profile.cpu)
     calls = sum(call.done for one in profile.operations for call in one.calls)
-    tiles = [
+    shown = [
         (f"{figure(mount_lock_ms(totals))} ms", f"waited for mount locks, {who}"),
         (f"{figure(_of(totals, Lock.GRACE_PERIOD))} ms", f"waited for grace periods, which are no lock, {who}"),
         (
@@ -169,12 +168,23 @@ def _tiles(profile: Profile) -> str:
         ),
         (f"{calls:,}", "mount calls, detached ones included"),
     ]
-    drawn = "".join(f'<div class="tile"><b>{escape(big)}</b><span>{escape(small)}</span></div>' for big, small in tiles)
-    return f'<div class="tiles">{drawn}</div>'
+    return tiles(shown)
 
 
-def _flame(head: str, text: str, graph: str) -> str:
-    return section(head, text, scroll(graph) if graph else "<p>Nothing was recorded.</p>")
+def _flame(head: str, text: str, graph: str, stacks: Sequence[Weighted]) -> str:
+    if not graph:
+        return section(head, text, "<p>Nothing was recorded.</p>")
+    whole = sum(weight for _, weight, _ in stacks)
+    rows: list[Row] = [
+        [f"<code>{escape(_leaves(folded))}</code>", escape(str(what)), figure(weight), f"{weight / whole:.1%}"]
+        for folded, weight, what in stacks[:_MOST_STACKS]
+    ]
+    table = plain_table(["the stack's end, deepest first", "what|", "ms|", "share|"], rows)
+    return section(head, text, scroll(graph) + table)
+
+
+def _leaves(folded: str) -> str:
+    return " ‹ ".join(folded.split(";")[:-5:-1])
 
 
 def _lock_section(profile: Profile) -> str:
@@ -224,11 +234,6 @@ def _over_time(profile: Profile) -> str:
                 height=200,
             )
         )
-    legend = "".join(
-        f'<li class="{style_of(index)}"><svg viewBox="0 0 30 10" aria-hidden="true"><path class="line" d="M0 5H30"/>'
-        f"</svg>{escape(name)}</li>"
-        for index, name in enumerate(_SERIES)
-    )
     step = max(1, len(profile.moments) // _MOST_ROWS)
     rows: list[Row] = [
         [
@@ -245,7 +250,7 @@ def _over_time(profile: Profile) -> str:
     return section(
         "Over time",
         "Waiting in each tenth of a second, of all tasks together, and the length of the mount table.",
-        f'<ul class="legend">{legend}</ul>'
+        legend((style_of(index), name) for index, name in enumerate(_SERIES))
         + scroll(line_chart("Waits over time", series, x, y))
         + table
         + plain_table(heads, rows),
@@ -280,15 +285,14 @@ def _operation_rows(profile: Profile) -> list[list[str]]:
 
 
 def _facts(profile: Profile) -> str:
-    facts = [
+    known = [
         ("processor", profile.host.cpu_model),
         ("looking cost", f"{profile.cost_cpu_s:.2f} s of processor time"),
         ("unclassified lock waiting", f"{unclassified_share(_totals(profile)):.2%}"),
         ("events lost", f"{profile.lost:,}"),
         *(("left out", what) for what in profile.missing),
     ]
-    drawn = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    return f'<section class="facts"><div><h2>How it was taken</h2><dl>{drawn}</dl></div></section>'
+    return facts({"How it was taken": known})
 
 
 def _columns(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

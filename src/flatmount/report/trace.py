@@ -7,7 +7,7 @@ from html import escape
 
 from flatmount.observe.mount_calls import Effect
 from flatmount.observe.trace_results import ProcessCalls, TraceReport, TraceRun, fits
-from flatmount.report.page import document, plain_table, scroll, section
+from flatmount.report.page import document, header, legend, plain_table, scroll, section
 from flatmount.report.style import style_of
 from flatmount.report.svg import Axis, Series, line_chart
 
@@ -40,26 +40,15 @@ def page(report: TraceReport) -> str:
     engines = [run for run in report.runs if run.layers is not None]
     subjects = tuple(dict.fromkeys(run.subject for run in engines))
     outcome = " ".join(f"{fit.sentence()}." for fit in fits(engines))
-    header = (
-        f'<header><p class="kicker">{escape(report.taken_at)} · Linux {escape(report.host.kernel)}</p>'
-        f'<h1>Mount operations</h1><p class="outcome">{escape(outcome)}</p></header>'
-    )
-    parts = [header]
-    if engines:
-        points = {
-            name: sorted((float(run.layers or 0), float(run.operations)) for run in engines if run.subject == name)
-            for name in subjects
-        }
-        series = [Series(style_of(i), name, tuple(points[name])) for i, name in enumerate(subjects)]
-        x = Axis.linear("layers", [at for one in series for at, _ in one.points])
-        y = Axis.linear("mount operations for a container", [value for one in series for _, value in one.points])
-        legend = "".join(
-            f'<li class="{style_of(i)}"><svg viewBox="0 0 30 10" aria-hidden="true"><path class="line" d="M0 5H30"/>'
-            f"</svg>{escape(name)}</li>"
-            for i, name in enumerate(subjects)
+    commands = [run for run in report.runs if run.layers is None]
+    if not outcome:
+        outcome = " ".join(
+            f"{run.subject} made {run.operations:,} mount operations in {run.seconds:.2f} s; {_seen(run)}."
+            for run in commands
         )
-        chart = scroll(line_chart("Mount operations by layers", series, x, y, dots=True))
-        parts.append(section("By layers", "", f'<ul class="legend">{legend}</ul>{chart}'))
+    parts = [header(f"{report.taken_at} · Linux {report.host.kernel}", "Mount operations", outcome)]
+    if engines:
+        parts.append(_by_layers(engines, subjects))
     rows = [
         [
             escape(run.subject),
@@ -72,10 +61,63 @@ def page(report: TraceReport) -> str:
         for run in report.runs
     ]
     heads = ["subject", "layers|", *(f"{kind}|calls" for kind in _KINDS), "operations|", "seen by watchers|", "lost|"]
-    parts.append(section("Calls", "Attach and detach are the mount operations.", plain_table(heads, rows)))
+    how = "Attach and detach are the mount operations; the others change or clone what no table shows, or copy a table."
+    parts.append(section("Calls by kind", how, plain_table(heads, rows)))
+    parts += [_by_process(run) for run in commands if run.processes]
     absent = [[escape(one.engine), escape(one.reason)] for one in report.absent]
     parts.append(section("Not traced", "", plain_table(["engine", "why"], absent)) if absent else "")
     return document("Mount operations", subjects, parts)
+
+
+def _by_layers(engines: Sequence[TraceRun], subjects: tuple[str, ...]) -> str:
+    points = {
+        name: sorted((float(run.layers or 0), float(run.operations)) for run in engines if run.subject == name)
+        for name in subjects
+    }
+    series = [Series(style_of(i), name, tuple(points[name])) for i, name in enumerate(subjects)]
+    x = Axis.linear("layers", [at for one in series for at, _ in one.points])
+    y = Axis.linear("mount operations for a container", [value for one in series for _, value in one.points])
+    layers = sorted({at for one in series for at, _ in one.points})
+    lines = {fit.subject: fit for fit in fits(engines)}
+    rows = [
+        [
+            f'<i class="{style_of(i)}"></i>{escape(name)}',
+            *(_cell(dict(points[name]).get(at)) for at in layers),
+            f"{max(0.0, lines[name].per_layer):.2f}" if name in lines else "–",
+        ]
+        for i, name in enumerate(subjects)
+    ]
+    heads = ["subject", *(f"{at:.0f}|layers" for at in layers), "more|for each layer"]
+    return section(
+        "By layers",
+        "One container's whole life, from before its root file system is made until it is removed. A line that does "
+        "not rise costs the same whatever the image is made of.",
+        legend((style_of(i), name) for i, name in enumerate(subjects))
+        + scroll(line_chart("Mount operations by layers", series, x, y, dots=True))
+        + plain_table(heads, rows),
+    )
+
+
+def _cell(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
+
+
+def _by_process(run: TraceRun) -> str:
+    rows = [
+        [
+            f"{escape(one.command)} [{one.process}]",
+            escape(call.call),
+            escape(str(call.effect)),
+            f"{call.done:,}",
+            f"{call.failed:,}",
+            f"{call.total_us / max(call.done + call.failed, 1):,.1f}",
+            f"{call.longest_us:,.1f}",
+        ]
+        for one in run.processes
+        for call in one.calls
+    ]
+    heads = ["process", "call|", "kind|", "done|", "failed|", "mean|us", "longest|us"]
+    return section(f"By process: {run.subject}", " ".join(run.command), plain_table(heads, rows))
 
 
 def _of_command(run: TraceRun) -> list[str]:

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from flatmount.decoding import decode
+from flatmount.errors import UsageError
 from flatmount.storm.results import HostFacts, ImageFacts, LatencyMs, ProbeMs
 
 SCHEMA = "flatmount.starts/1"
@@ -85,3 +87,10 @@ class StartsReport:
     def to_json(self) -> dict[str, Any]:
         """As one JSON object with its schema's name."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: object) -> StartsReport:
+        """The report that `value`, as `json.load` returned it, holds. Raises: UsageError naming the field."""
+        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
+            raise UsageError("not the results of a storm of engines", hint=f"give a file with schema {SCHEMA}")
+        return decode(cls, value, "starts")
