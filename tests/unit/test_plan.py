@@ -10,7 +10,7 @@ from flatmount.plan import operations as op
 from flatmount.plan.facts import HostFacts
 from flatmount.rootfs.assembler import Assembler
 from flatmount.rootfs.ranges import RangePool
-from flatmount.strategies import AUTO, STRATEGIES, Attach, RootfsSpec, Upper, choose, pin
+from flatmount.strategies import AUTO, STRATEGIES, Attach, RootfsSpec, Upper, choose, pin, pin_image, pin_superblock
 
 EVERYTHING = HostFacts(**{field.name: True for field in dataclasses.fields(HostFacts)})
 OLD = dataclasses.replace(EVERYTHING, detached_layers=False)
@@ -39,6 +39,52 @@ def test_the_constant_strategies_attach_once_whatever_the_kernel(name: str, fact
     assert STRATEGIES[name](spec(60), facts).mount_operations == 1
     assert STRATEGIES[name](spec(60, upper=Upper.NONE), facts).mount_operations == 1
     assert STRATEGIES[name](spec(60, attach=Attach.NONE), facts).mount_operations == 0
+
+
+@pytest.mark.parametrize("facts", [EVERYTHING, OLD], ids=["detached layers", "helper namespace"])
+@pytest.mark.parametrize("upper", list(Upper))
+def test_an_erofs_image_is_the_one_lower_and_the_hard_links_are_left_alone(facts: HostFacts, upper: Upper) -> None:
+    wanted = spec(60, erofs="erofs/2", upper=upper)
+    plan = STRATEGIES["flat"](wanted, facts)
+    assert plan.mount_operations == 1
+    assert STRATEGIES["flat"](dataclasses.replace(wanted, attach=Attach.NONE), facts).mount_operations == 0
+    assert plan == STRATEGIES["flat"](dataclasses.replace(wanted, flat=None), facts)
+    lowers = [one.value for one in plan.operations if isinstance(one, op.FsConfigString) and one.key == "lowerdir"]
+    where = "." if facts.detached_layers else (Parameter.IMAGE_AT,)
+    assert lowers == ([] if upper is Upper.NONE else [where])
+    assert "flat/1" not in explain(plan)
+    # What it names is lent: a run that is given nothing else can be encoded.
+    assert (op.IMAGE_ROOT in encode(plan).lent) == facts.detached_layers
+    assert (Parameter.IMAGE_AT in encode(plan).parameters) != facts.detached_layers
+
+
+def test_what_an_image_needs_once_attaches_nothing_to_the_host() -> None:
+    assert pin_superblock(EVERYTHING).mount_operations == pin_image(EVERYTHING).mount_operations == 0
+    for plan in (pin_superblock(OLD), pin_image(OLD)):
+        assert plan.mount_operations == 1
+        inside = False
+        for operation in plan.operations:
+            if isinstance(operation, op.Setns):
+                inside = operation.namespace is op.HELPER
+            assert inside or not isinstance(operation, op.MoveMount)
+        assert not inside
+
+
+def test_a_root_of_its_own_is_the_topmost_lower_of_a_read_only_overlay_alone() -> None:
+    wanted = spec(3, top="roots/9", upper=Upper.NONE)
+
+    def lowers(of: RootfsSpec) -> list[object]:
+        return [
+            one.value
+            for one in STRATEGIES["detached"](of, EVERYTHING).operations
+            if getattr(one, "key", "") == "lowerdir+"
+        ]
+
+    assert lowers(wanted) == ["roots/9", "layers/3", "layers/2", "layers/1"]
+    assert lowers(dataclasses.replace(wanted, upper=Upper.STORE)) == ["layers/3", "layers/2", "layers/1"]
+    STRATEGIES["detached"](spec(499, top="roots/9", upper=Upper.NONE), EVERYTHING)
+    with pytest.raises(TooManyLayers, match="501 directories"):
+        STRATEGIES["detached"](spec(500, top="roots/9", upper=Upper.NONE), EVERYTHING)
 
 
 @pytest.mark.parametrize("name", ["per-layer", "common-parent", "detached"])

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from flatmount.errors import FlatmountError, MissingFeature, OperationFailed
 from flatmount.kernel import _native
+from flatmount.kernel.erofs import FSTYPE, write_erofs
 from flatmount.kernel.executor import run_once
+from flatmount.kernel.loop import loop_device
 from flatmount.kernel.mounts import MountEvents, TableSource, table_source
 from flatmount.kernel.namespaces import (
     Namespace,
@@ -38,6 +40,7 @@ from flatmount.plan.operations import (
     FsConfigFd,
     FsConfigFlag,
     FsConfigString,
+    FsMount,
     FsOpen,
     Mount,
     MountFlag,
@@ -96,7 +99,10 @@ _FEATURES = (
     ("open_tree_attr", "open_tree_attr", "6.15"),
     ("statmount", "listmount and statmount", "6.8"),
     ("mount_events", "mount events by fanotify", "6.15"),
+    ("erofs_files", "EROFS images from files, id-mapped", "6.12"),
+    ("erofs_devices", "EROFS images through loop devices, id-mapped", "5.19"),
 )
+_TRIED = tuple(name for name, _, _ in _FEATURES[:6])
 
 
 def probe(directory: str) -> Probes:
@@ -106,13 +112,12 @@ def probe(directory: str) -> Probes:
     mounts, all gone when it returns, and a small directory below `directory`, removed again. Needs CAP_SYS_ADMIN and
     write access there; what cannot be tried counts as absent, with the kernel's word.
     """
-    names = [name for name, _, _ in _FEATURES[:6]]
     try:
         with closing(empty_mount_namespace()) as empty:
             answers = _answers_inside(directory, empty, user_namespace(_MAPPING))
     except (OSError, FlatmountError) as error:
         refusal = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
-        answers = dict.fromkeys(names, f"not tried: {refusal}")
+        answers = dict.fromkeys((*_TRIED, "erofs_files", "erofs_devices"), f"not tried: {refusal}")
     answers["open_tree_attr"] = "no such call" if _native.try_open_tree_attr() == errno.ENOSYS else ""
     answers["statmount"] = "" if table_source() is TableSource.STATMOUNT else "no such call"
     answers["mount_events"] = _refusal(lambda: MountEvents().close())
@@ -142,7 +147,8 @@ def _answers_inside(directory: str, empty: Namespace, namespace: Namespace) -> d
     with _scratch(directory) as scratch:
         clone = run_once(MountPlan((OpenTree(_TREE, scratch),), outputs=(_TREE,))).outputs[0]
         try:
-            return apart(lambda: attempts(scratch, clone))
+            # Nothing of EROFS is attached to be tried, and loop devices are the host's.
+            return apart(lambda: attempts(scratch, clone)) | _erofs(scratch, namespace)
         finally:
             os.close(clone)
 
@@ -153,6 +159,8 @@ def _refusal(attempt: Callable[[], object]) -> str:
         attempt()
     except FlatmountError as refusal:
         return str(refusal).rpartition(", operation")[0] or str(refusal)
+    except OSError as refusal:
+        return f"{refusal.filename or 'loop device'}: {refusal.strerror}"
     return ""
 
 
@@ -217,3 +225,41 @@ def _attempts(scratch: str, namespace: Namespace) -> dict[str, Callable[[], obje
         "layer_descriptors": run(context, Open(lower, f"{scratch}/a"), FsConfigFd(_CONTEXT, "lowerdir+", lower)),
         "detached_layers": detached_layers,
     }
+
+
+def _erofs(scratch: str, namespace: Namespace) -> dict[str, str]:
+    """Mount an image of an empty directory, from its file or else from a loop device, and id-map it."""
+    path = f"{scratch}/image"
+    tree = os.open(f"{scratch}/a", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        image = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            write_erofs(tree, image, "probe")
+        finally:
+            os.close(image)
+    finally:
+        os.close(tree)
+    directory, context = Slot("directory"), Slot(FSTYPE)
+
+    def mount(source: str) -> None:
+        plan = MountPlan(
+            (
+                Open(directory, scratch),
+                Fchdir(directory),
+                FsOpen(context, FSTYPE),
+                FsConfigString(context, "source", source),
+                FsConfigFlag(context, "ro"),
+                FsConfigCreate(context),
+                FsMount(_TREE, context),
+                MountSetattr(_TREE, userns=USER_NAMESPACE),
+            )
+        )
+        run_once(plan, {USER_NAMESPACE: namespace.fileno()})
+
+    def mount_device() -> None:
+        with loop_device(path) as device:
+            mount(device)
+
+    refused = _refusal(lambda: mount("image"))
+    # A loop device is everybody's to see: none is taken where files do.
+    return {"erofs_files": refused, "erofs_devices": _refusal(mount_device) if refused else "not tried: files do"}

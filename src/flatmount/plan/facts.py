@@ -18,3 +18,10 @@ class HostFacts:
     open_tree_attr: bool = False
     statmount: bool = False
     mount_events: bool = False
+    erofs_files: bool = False
+    erofs_devices: bool = False
+
+    @property
+    def erofs(self) -> bool:
+        """Whether an EROFS image can be mounted, from its file or through a loop device."""
+        return self.erofs_files or self.erofs_devices

@@ -24,6 +24,9 @@ class Parameter(Enum):
     RANGE = "RANGE"  # where a range's parent is to be attached, in a helper namespace
     LAYERS_AT = "LAYERS_AT"  # where LAYERS is attached, in a helper namespace
     UPPERS_AT = "UPPERS_AT"  # where UPPERS is attached, in a helper namespace
+    IMAGE = "IMAGE"  # an EROFS image: a file, relative to the store's data directory, or a block device
+    IMAGE_AT = "IMAGE_AT"  # where IMAGE_ROOT is attached, in a helper namespace
+    SUPERBLOCK_AT = "SUPERBLOCK_AT"  # where SUPERBLOCK is attached, in a helper namespace
 
 
 Text = str | tuple[str | Parameter, ...]
@@ -42,10 +45,12 @@ class Slot:
 USER_NAMESPACE = Slot("userns")  # the container's user namespace
 LAYERS = Slot("layers")  # the store's data directory, id-mapped for this range, detached or in a helper namespace
 UPPERS = Slot("uppers")  # a detached clone of the directory that holds all uppers
+SUPERBLOCK = Slot("superblock")  # an EROFS image, mounted once for all ranges
+IMAGE_ROOT = Slot("image-root")  # a clone of SUPERBLOCK that is id-mapped for this range
 HELPER = Slot("helper-namespace")  # a mount namespace of our own with nothing in it but what a range pins
 HOME = Slot("home-namespace")  # the mount namespace in which the root file system is attached
 
-LENT = (USER_NAMESPACE, LAYERS, UPPERS, HELPER, HOME)
+LENT = (USER_NAMESPACE, LAYERS, UPPERS, SUPERBLOCK, IMAGE_ROOT, HELPER, HOME)
 
 ROOT = Slot("root")  # the assembled root file system, not attached: the output of a plan that does not attach
 

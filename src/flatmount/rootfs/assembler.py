@@ -17,6 +17,7 @@ from flatmount.kernel.tree import remove_tree
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.plan.operations import (
+    IMAGE_ROOT,
     LAYERS,
     UPPERS,
     USER_NAMESPACE,
@@ -37,6 +38,7 @@ from flatmount.strategies import (
     Ids,
     RootfsSpec,
     Upper,
+    flat,
     require_plain_paths,
     upper_ids,
 )
@@ -96,7 +98,7 @@ class Rootfs:
 class Assembler:
     """Makes root file systems of one image by one strategy. The plan is made once and runs for each container.
 
-    `pins` says whether a range's parent is pinned for it.
+    `pins` says whether a range's parent is pinned for it, and `image` is the EROFS image of which a range has a clone.
 
     Safe to use from any number of threads.
     """
@@ -129,6 +131,7 @@ class Assembler:
         self._scratch = scratch
         self._given = frozenset(self._executable.parameters)
         self.pins = LAYERS in self._executable.needs or Parameter.LAYERS_AT in self._given
+        self.image = spec.erofs if strategy == flat.NAME else None
         self._uppers = os.fsencode(uppers)
         self._data = os.fsencode(pool.data)
         undoing: list[Operation] = [_UNATTACH] if spec.attach is Attach.HOST else []
@@ -174,7 +177,8 @@ class Assembler:
         strategy cannot pass on; nothing is assembled then.
         """
         asked_ns = perf_counter_ns()
-        ranges = self._pool.prepare((request.mapping for request in requests), pinned=self.pins, at_once=at_once)
+        mappings = (request.mapping for request in requests)
+        ranges = self._pool.prepare(mappings, pinned=self.pins, image=self.image, at_once=at_once)
         lent_ns = perf_counter_ns()
         jobs = [
             self._job(shared, self._lend(shared), request.name, request.target)
@@ -208,6 +212,8 @@ class Assembler:
         }
         if Parameter.LAYERS_AT in self._given:
             values[Parameter.LAYERS_AT] = os.fsencode(shared.layers().place)
+        if Parameter.IMAGE_AT in self._given and self.image is not None:
+            values[Parameter.IMAGE_AT] = os.fsencode(shared.image(self.image).place)
         if Parameter.UPPERS_AT in self._given:
             values[Parameter.UPPERS_AT] = os.fsencode(self._pinned_uppers().place)
         parameters = tuple([values[parameter] for parameter in self._executable.parameters])
@@ -232,6 +238,8 @@ class Assembler:
             return shared.layers().fd
         if slot is USER_NAMESPACE:
             return shared.namespace.fileno()
+        if slot is IMAGE_ROOT and self.image is not None:
+            return shared.image(self.image).fd
         if slot is UPPERS:
             return self._pinned_uppers().fd
         return self._pool.home.lent[slot]

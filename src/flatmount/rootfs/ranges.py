@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from flatmount.errors import MAKE_USER_NAMESPACE, from_os_error
 from flatmount.kernel.executor import Executable, Outcome
+from flatmount.kernel.loop import loop_device
 from flatmount.kernel.namespaces import (
     Namespace,
     empty_mount_namespace,
@@ -19,8 +20,8 @@ from flatmount.kernel.namespaces import (
 )
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
-from flatmount.plan.operations import HELPER, HOME, USER_NAMESPACE, Parameter, Slot, Text
-from flatmount.strategies import pin, unpin
+from flatmount.plan.operations import HELPER, HOME, SUPERBLOCK, USER_NAMESPACE, Parameter, Slot, Text
+from flatmount.strategies import pin, pin_image, pin_superblock, unpin
 
 # Each detached parent counts against user.max_mnt_namespaces, whose default is a quarter of the thread limit.
 DEFAULT_CAPACITY = 4096
@@ -76,13 +77,14 @@ def _user_namespaces(mappings: Sequence[Mapping], *, at_once: int = 1) -> list[N
 class Range:
     """One user range: its namespace, and on first need the pinned id-mapped parent. Dropped when nobody holds it."""
 
-    __slots__ = ("_ids", "_lock", "_pin", "_pool", "mapping", "namespace")
+    __slots__ = ("_ids", "_images", "_lock", "_pin", "_pool", "mapping", "namespace")
 
     def __init__(self, mapping: Mapping, pool: RangePool) -> None:
         self.mapping = mapping
         self.namespace = _user_namespaces((mapping,))[0]
         self._pool = pool
         self._pin: Pin | None = None
+        self._images: dict[str, Pin] = {}
         self._ids: dict[tuple[int, int], tuple[int, int, int, int]] = {}
         self._lock = threading.Lock()
 
@@ -106,15 +108,32 @@ class Range:
                     self._pin = self._pool.pin_layers(self)
         return self._pin
 
+    def image(self, path: str) -> Pin:
+        """The id-mapped clone of an EROFS image of the store, `path` relative to its data; it stays the range's."""
+        known = self._images.get(path)
+        if known is None:
+            with self._lock:
+                known = self._images.get(path)
+                if known is None:
+                    known = self._images[path] = self._pool.pin_image(self, path)
+        return known
+
     @property
     def bare(self) -> bool:
         """Whether its parent is not pinned yet."""
         return self._pin is None
 
-    def adopt(self, made: Pin) -> None:
-        """Take over a parent that was pinned for it; one that it has already stays."""
+    def without(self, path: str) -> bool:
+        """Whether it has no clone of an image yet."""
+        return path not in self._images
+
+    def adopt(self, made: Pin, image: str | None = None) -> None:
+        """Take over what was pinned for it, its parent or a clone of `image`; what it has already stays."""
         with self._lock:
-            self._pin = self._pin or made
+            if image is None:
+                self._pin = self._pin or made
+            else:
+                self._images.setdefault(image, made)
 
 
 class RangePool:
@@ -135,11 +154,14 @@ class RangePool:
         self._capacity = capacity
         self._kept: OrderedDict[Mapping, Range] = OrderedDict()
         self._directories: dict[str, Pin] = {}
+        self._superblocks: dict[str, Pin] = {}
+        self._superblock_lock = threading.Lock()
         self._lock = threading.Lock()
         self.mount_operations = 0
         path: Text = (Parameter.DATA,)
         self._pin_mapped = Executable(pin(path, facts, id_mapped=True))
         self._pin_plain = Executable(pin(path, facts, id_mapped=False))
+        self._pin_image = Executable(pin_image(facts))
 
     def get(self, mapping: Mapping) -> Range:
         """The range of a mapping, made on first use.
@@ -159,11 +181,14 @@ class RangePool:
         del dropped
         return kept
 
-    def prepare(self, mappings: Iterable[Mapping], *, pinned: bool = True, at_once: int = 1) -> list[Range]:
+    def prepare(
+        self, mappings: Iterable[Mapping], *, pinned: bool = True, image: str | None = None, at_once: int = 1
+    ) -> list[Range]:
         """Make ranges for containers to come, and their parents unless they are not `pinned`; `at_once` at a time.
 
-        Raises: FlatmountError; the ranges that were made are kept then, the parents pinned by this call are
-        let go.
+        `image`: an EROFS image of which they are to have their clones as well.
+
+        Raises: FlatmountError; the ranges that were made are kept then, what this call pinned is let go.
         """
         wanted = list(mappings)
         held = _user_namespaces(wanted, at_once=at_once)
@@ -173,18 +198,56 @@ class RangePool:
             bare = [one for one in dict.fromkeys(ranges) if one.bare]
             for one, made in zip(bare, self._pin_many(bare, at_once), strict=True):
                 one.adopt(made)
+        if image is not None:
+            bare = [one for one in dict.fromkeys(ranges) if one.without(image)]
+            for one, made in zip(bare, self._pin_many(bare, at_once, image), strict=True):
+                one.adopt(made, image)
         return ranges
 
-    def _pin_many(self, ranges: Sequence[Range], at_once: int) -> list[Pin]:
+    def superblock(self, path: str) -> Pin:
+        """An EROFS image of the store, mounted; it stays the pool's, and every clone of it shares its page cache.
+
+        Raises: OperationFailed; FlatmountError where no loop device can be had, on a kernel that needs one.
+        """
+        # A lock of its own: making it reads from disk, and ranges need not wait for that.
+        with self._superblock_lock:
+            known = self._superblocks.get(path)
+            if known is None:
+                known = self._superblocks[path] = self._mount_image(path)
+            return known
+
+    def _mount_image(self, path: str) -> Pin:
+        if self.facts.erofs_files:
+            return self._run_superblock(path)
+        try:
+            with loop_device(os.path.join(self.data, path)) as device:
+                return self._run_superblock(device)
+        except OSError as error:
+            raise from_os_error(error, f"attach {path} to a loop device:") from error
+
+    def _run_superblock(self, source: str) -> Pin:
+        place = self.home.place()
+        parameters = {Parameter.DATA: self.data, Parameter.RANGE: place, Parameter.IMAGE: source}
+        made = Pin(self.home, Executable(pin_superblock(self.facts)).run(self.home.lent, parameters), place)
+        with self._lock:
+            self.mount_operations += made.mount_operations
+        return made
+
+    def pin_image(self, mapped: Range, path: str) -> Pin:
+        """Clone and id-map an EROFS image for a range, once more."""
+        return self._pin_many([mapped], 1, path)[0]
+
+    def _pin_many(self, ranges: Sequence[Range], at_once: int, image: str | None = None) -> list[Pin]:
         places = [self.home.place() for _ in ranges]
+        lent, given, plan = dict(self.home.lent), {Parameter.DATA: self.data}, self._pin_mapped
+        shared = None if image is None else self.superblock(image)
+        if shared is not None:
+            lent[SUPERBLOCK], given[Parameter.SUPERBLOCK_AT], plan = shared.fd, shared.place, self._pin_image
         jobs = [
-            self._pin_mapped.job(
-                {**self.home.lent, USER_NAMESPACE: one.namespace.fileno()},
-                {Parameter.DATA: self.data, Parameter.RANGE: place},
-            )
+            plan.job({**lent, USER_NAMESPACE: one.namespace.fileno()}, {**given, Parameter.RANGE: place})
             for one, place in zip(ranges, places, strict=True)
         ]
-        outcomes = self._pin_mapped.run_many(jobs, at_once=at_once)
+        outcomes = plan.run_many(jobs, at_once=at_once)
         pins = [
             Pin(self.home, outcome, place)
             for outcome, place in zip(outcomes, places, strict=True)
@@ -224,5 +287,6 @@ class RangePool:
         with self._lock:
             kept, self._kept = self._kept, OrderedDict()
             directories, self._directories = self._directories, {}
+            superblocks, self._superblocks = self._superblocks, {}
         # Out of the lock, as in `get`.
-        del kept, directories
+        del kept, directories, superblocks

@@ -9,7 +9,7 @@ from flatmount.errors import MissingFeature, UsageError
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import MountPlan
 from flatmount.strategies import chown, common_parent, detached, flat, per_layer
-from flatmount.strategies.parts import pin, unpin, upper_ids
+from flatmount.strategies.parts import pin, pin_image, pin_superblock, unpin, upper_ids
 from flatmount.strategies.spec import MOST_LOWERS, Attach, Ids, RootDirectory, RootfsSpec, Upper
 from flatmount.strategies.usual import require_plain_paths
 
@@ -28,10 +28,11 @@ NAMES = (*STRATEGIES, AUTO)
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What `auto` takes, and why."""
+    """What `auto` takes, and why. `erofs`: strategy `flat` takes the EROFS image and not the tree of hard links."""
 
     name: str
     reason: str
+    erofs: bool = False
 
 
 def choose(name: str, facts: HostFacts, *, flat_ready: bool, layers: int) -> Choice:
@@ -84,6 +85,8 @@ __all__ = [
     "Upper",
     "choose",
     "pin",
+    "pin_image",
+    "pin_superblock",
     "require_plain_paths",
     "unpin",
     "upper_ids",

@@ -8,14 +8,17 @@ from flatmount.plan.facts import HostFacts
 from flatmount.plan.operations import (
     HELPER,
     HOME,
+    IMAGE_ROOT,
     LAYERS,
     ROOT,
+    SUPERBLOCK,
     UPPERS,
     USER_NAMESPACE,
     AssumeIds,
     Chown,
     Fchdir,
     FsConfigCreate,
+    FsConfigFlag,
     FsConfigString,
     FsMount,
     FsOpen,
@@ -43,6 +46,7 @@ from flatmount.strategies.spec import Attach, Ids, RootfsSpec, Upper
 OVERLAY_OPTIONS = ("redirect_dir", "metacopy", "index")
 UPPER_PATH: Text = (Parameter.UPPERS, "/", Parameter.UPPER)
 TARGET: Text = (Parameter.TARGET,)
+EROFS = "erofs"
 SOURCE: Text = ("flatmount-", Parameter.UPPER)  # tells whose it is in the mount table
 
 _CONTEXT = Slot("overlay")
@@ -86,6 +90,7 @@ def pinned_overlay(spec: RootfsSpec, facts: HostFacts, key: str, lowers: Iterabl
 
     Upper and work go through a detached clone as well: by host path, each costs a look at every mount beside them.
     Names are relative to the pinned descriptors: three calls fewer for each than descriptors of their own.
+    Without `lowers`, the one lower is the specification's EROFS image, pinned for the range.
     Without detached layers (before Linux 6.15) the parents are attached in a helper namespace, and the overlay is made
     in there: overlayfs takes only layers of the caller's own namespace. Names are absolute then: the parser before 6.5
     looks at all of them at the end, from one working directory.
@@ -95,18 +100,19 @@ def pinned_overlay(spec: RootfsSpec, facts: HostFacts, key: str, lowers: Iterabl
     operations: list[Operation] = list(directories(spec, ids))
     if own:
         operations.append(AssumeIds())
-    layers: Text = ""
     uppers: Text = f"{spec.uppers}/" if own else ""
+    names: list[Text] = list(lowers)
     if facts.detached_layers:
-        to_layers: list[Operation] = [Fchdir(LAYERS)]
-        to_uppers: list[Operation] = [] if own else [Fchdir(UPPERS)]
+        to_layers: list[Operation] = [Fchdir(LAYERS if names else IMAGE_ROOT)]
+        to_uppers: list[Operation] = [Fchdir(UPPERS)] if not own else [] if names else [Fchdir(LAYERS)]
+        names = names or ["."]
     else:
         operations.append(Setns(HELPER))
         to_layers = to_uppers = []
-        layers = (Parameter.LAYERS_AT, "/")
         uppers = (Parameter.LAYERS_AT, f"/{spec.uppers}/") if own else (Parameter.UPPERS_AT, "/")
+        names = [(Parameter.LAYERS_AT, "/", *_parts(name)) for name in names] or [(Parameter.IMAGE_AT,)]
     operations += (FsOpen(_CONTEXT, "overlay"), FsConfigString(_CONTEXT, "source", SOURCE), *to_layers)
-    operations += (FsConfigString(_CONTEXT, key, below(layers, path)) for path in lowers)
+    operations += (FsConfigString(_CONTEXT, key, name) for name in names)
     if spec.upper is not Upper.NONE:
         base: Text = (*_parts(uppers), Parameter.UPPER)
         operations += to_uppers
@@ -130,6 +136,18 @@ def read_only_clone(spec: RootfsSpec, tree: str) -> MountPlan:
     return finished(spec, operations)
 
 
+def read_only_image(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
+    """An EROFS image as a read-only root: one more clone of the range's own, which is id-mapped already."""
+    operations: list[Operation] = list(directories(spec, Ids.HOST))
+    if facts.detached_layers:
+        operations.append(OpenTree(ROOT, "", IMAGE_ROOT))
+    else:
+        # Only from within a namespace are its mounts cloned.
+        operations += (Setns(HELPER), OpenTree(ROOT, (Parameter.IMAGE_AT,)), Setns(HOME))
+    operations.append(MountSetattr(ROOT, MountAttribute.RDONLY))
+    return finished(spec, operations)
+
+
 def finished(spec: RootfsSpec, operations: list[Operation]) -> MountPlan:
     """The plan with the root file system attached, or handed to the caller."""
     if spec.attach is Attach.NONE:
@@ -146,12 +164,46 @@ def pin(path: Text, facts: HostFacts, *, id_mapped: bool) -> MountPlan:
     operations: list[Operation] = [OpenTree(_TREE, path)]
     if id_mapped:
         operations.append(MountSetattr(_TREE, userns=USER_NAMESPACE))
+    return _pinned(operations, facts)
+
+
+def pin_superblock(facts: HostFacts) -> MountPlan:
+    """Mount an EROFS image (IMAGE) for as long as a descriptor of it is open; one output.
+
+    Once for all containers of a pool: each mount of a file is a superblock of its own, with a page cache of its own.
+    """
+    context, data = Slot("erofs"), Slot("data")
+    operations: list[Operation] = [
+        # fsconfig takes strings of 255 bytes: a short name from an open directory, however long the store's path is.
+        Open(data, (Parameter.DATA,)),
+        Fchdir(data),
+        FsOpen(context, EROFS),
+        FsConfigString(context, "source", (Parameter.IMAGE,)),
+        FsConfigFlag(context, "ro"),
+        FsConfigCreate(context),
+        FsMount(_TREE, context, MountAttribute.RDONLY),
+    ]
+    return _pinned(operations, facts)
+
+
+def pin_image(facts: HostFacts) -> MountPlan:
+    """Clone a pinned EROFS image and id-map the clone for a range; one output."""
+    mapping = MountSetattr(_TREE, userns=USER_NAMESPACE)
+    if facts.detached_layers:
+        return _pinned([OpenTree(_TREE, "", SUPERBLOCK), mapping], facts)
+    return _pinned([Setns(HELPER), OpenTree(_TREE, (Parameter.SUPERBLOCK_AT,)), mapping], facts)
+
+
+def _pinned(operations: list[Operation], facts: HostFacts) -> MountPlan:
+    """What made the detached mount `_TREE`, and keeps it: as it is, or attached in the helper namespace."""
     if facts.detached_layers:
         return MountPlan(tuple(operations), outputs=(_TREE,))
     place: Text = (Parameter.RANGE,)
     pinned = Slot("pinned")
-    operations += (Setns(HELPER), Mkdir(place), MoveMount(_TREE, place), Open(pinned, place), Setns(HOME))
-    return MountPlan(tuple(operations), outputs=(pinned,))
+    inside = any(isinstance(operation, Setns) for operation in operations)
+    entering = () if inside else (Setns(HELPER),)
+    keeping = (Mkdir(place), MoveMount(_TREE, place), Open(pinned, place), Setns(HOME))
+    return MountPlan((*operations, *entering, *keeping), outputs=(pinned,))
 
 
 def unpin() -> MountPlan:

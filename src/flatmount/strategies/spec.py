@@ -47,15 +47,19 @@ class RootDirectory:
 class RootfsSpec:
     """One root file system, but for what differs between two containers of the same image.
 
-    `layers` are directories below the store's data directory, lowest first; `flat` the flat tree of the same chain and
-    `shifted` a copy of it with changed owners, where they exist. `uppers` is the directory below it that holds the
-    uppers of Upper.STORE; a fresh upper is made by the plan, all of it or (`upper_made`) what goes into its directory.
-    `scratch_bytes` is the length of the temporary names that the run will use: the usual code changes its form by the
-    length of mount options.
+    `layers` are directories below the store's data directory, lowest first; `flat` the flat tree of the same chain,
+    `erofs` an EROFS image of it, which is taken before `flat`, and `shifted` a copy of it with changed owners, where
+    they exist. `top` is an empty directory with the attributes of the image's root, where the topmost layer's own root
+    has others: overlayfs without an upper shows those of its topmost lower. `uppers` is the directory below it that
+    holds the uppers of Upper.STORE; a fresh upper is made by the plan, all of it or (`upper_made`) what goes into its
+    directory. `scratch_bytes` is the length of the temporary names that the run will use: the usual code changes its
+    form by the length of mount options.
     """
 
     layers: tuple[str, ...]
     flat: str | None = None
+    erofs: str | None = None
+    top: str | None = None
     shifted: str | None = None
     upper: Upper = Upper.STORE
     uppers: str = "uppers"
