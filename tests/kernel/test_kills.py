@@ -33,7 +33,7 @@ from flatmount.image.layout_writer import new_layout
 from flatmount.image.registry import open_registry
 from flatmount.image.registry_auth import Keychain
 from flatmount.image.registry_reference import Reference
-from flatmount.store import Part, Store
+from flatmount.store import FlatForm, Part, Store
 from tests.conftest import SOAK
 from tests.registries import registry_process
 
@@ -41,7 +41,7 @@ KILLS = 500 if SOAK else 50
 POWER_CUTS = 50 if SOAK else 5
 EXT4_IOC_SHUTDOWN = 0x8004587D
 NO_LOG_FLUSH = 2
-VERBS = ("pull", "unpack", "flatten", "remove", "collect", "repair", "export")
+VERBS = ("pull", "unpack", "flatten", "erofs", "remove", "collect", "repair", "export")
 LATE = 1.15  # of an operation's usual time: some blows come when it is just done
 
 Tree = dict[str, dict[str, object]]
@@ -119,12 +119,12 @@ def forget(store: Store, digest: str) -> None:
 def prepare(images: Images, root: str, verb: str, name: str, chance: random.Random) -> dict[str, str]:
     """Give `verb` something to do with the image `name`; returns which image each name has then."""
     with Store.open(root, create=True) as store:
-        if verb in ("pull", "unpack", "flatten", "collect"):
+        if verb in ("pull", "unpack", "flatten", "erofs", "collect"):
             forget(store, images.digests[name])
-        if verb in ("flatten", "remove", "repair", "export"):
+        if verb in ("flatten", "erofs", "remove", "repair", "export"):
             store.import_image(images.layouts[name], name=name)
         if verb in ("remove", "repair", "export") and chance.random() < 0.5:
-            store.ensure_flat(store.image(name))
+            store.ensure_flat(store.image(name), chance.choice([*FlatForm]))
         if verb == "collect":
             # Its name goes to another image, so that nothing wants it any more.
             other = chance.choice([each for each in IMAGES if each != name])
@@ -161,6 +161,8 @@ def work(images: Images, root: str, verb: str, name: str, out: str) -> None:
             store.import_image(images.layouts[name], name=name)
         elif verb == "flatten":
             store.ensure_flat(store.image(name))
+        elif verb == "erofs":
+            store.ensure_flat(store.image(name), FlatForm.EROFS)
         elif verb == "remove":
             store.remove_image(name)
         elif verb == "collect":

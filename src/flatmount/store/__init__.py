@@ -1,9 +1,11 @@
 """Images on disk: layers, the flat trees made of them, and who uses which."""
 
 from flatmount.store.catalogue import Catalogue
+from flatmount.store.costs import Costs, FlatCost, LayerCost, Usage
 from flatmount.store.fsck import Checked, Finding, Part
 from flatmount.store.importing import Progress, Progressed
 from flatmount.store.model import (
+    FlatForm,
     Holder,
     Owners,
     Removed,
@@ -18,8 +20,12 @@ from flatmount.store.store import Store
 __all__ = [
     "Catalogue",
     "Checked",
+    "Costs",
     "Finding",
+    "FlatCost",
+    "FlatForm",
     "Holder",
+    "LayerCost",
     "Origins",
     "Owners",
     "Part",
@@ -31,4 +37,5 @@ __all__ = [
     "Store",
     "StoredImage",
     "StoredLayer",
+    "Usage",
 ]

@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 from flatmount.errors import StoreError
 from flatmount.image import ImageConfig
 from flatmount.store.database import Database
-from flatmount.store.model import Owners, RootAttributes, StoredImage, StoredLayer
+from flatmount.store.model import FlatForm, Owners, RootAttributes, StoredImage, StoredLayer
 from flatmount.store.references import resolve
 
 SCHEMA: Final = "flatmount.catalogue/1"
@@ -39,7 +39,10 @@ def publish(base: str, database: Database, images: Callable[[], Sequence[StoredI
             if _first_line(path) == head:
                 return
             flats = dict(db.execute("SELECT chain_id, number FROM flats").fetchall())
-            body = json.dumps([_as_data(image, flats.get(image.chain_id)) for image in images()])
+            erofs = dict(db.execute("SELECT chain_id, number FROM erofs").fetchall())
+            body = json.dumps(
+                [_as_data(image, flats.get(image.chain_id), erofs.get(image.chain_id)) for image in images()]
+            )
             _replace(path, head + body)
     except OSError:
         with contextlib.suppress(OSError):
@@ -49,7 +52,7 @@ def publish(base: str, database: Database, images: Callable[[], Sequence[StoredI
 class Catalogue:
     """A store as its catalogue tells. A context manager, as Store is; its images have no configuration."""
 
-    def __init__(self, root: str, images: tuple[StoredImage, ...], flats: dict[str, str]) -> None:
+    def __init__(self, root: str, images: tuple[StoredImage, ...], flats: dict[tuple[str, FlatForm], str]) -> None:
         self.root = root
         self.data = os.path.join(root, "v1", "data")
         self._images = images
@@ -66,7 +69,12 @@ class Catalogue:
             if head["schema"] != SCHEMA:
                 raise StoreError(f"{path} is of another version", hint="run as the store's owner, usually root")
             images = tuple(_from_data(entry) for entry in entries)
-            flats = {entry["chain_id"]: f"flat/{entry['flat']}" for entry in entries if entry["flat"] is not None}
+            flats = {
+                (entry["chain_id"], form): f"{kind}/{entry[kind]}"
+                for entry in entries
+                for form, kind in ((FlatForm.HARDLINK, "flat"), (FlatForm.EROFS, "erofs"))
+                if entry.get(kind) is not None
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not readable"
             raise StoreError(
@@ -90,9 +98,14 @@ class Catalogue:
         named = [image for image in self._images if image.name == reference]
         return named[0] if named else resolve(reference, {image.digest: image for image in reversed(self._images)})
 
-    def flat_tree(self, image: StoredImage) -> str | None:
+    def flat_tree(self, image: StoredImage, form: FlatForm = FlatForm.HARDLINK) -> str | None:
         """As Store.flat_tree."""
-        return self._flats.get(image.chain_id)
+        return self._flats.get((image.chain_id, form))
+
+    def flat_form(self, image: StoredImage) -> FlatForm:
+        """The form of flat tree that there is."""
+        linked = self.flat_tree(image) is not None or self.flat_tree(image, FlatForm.EROFS) is None
+        return FlatForm.HARDLINK if linked else FlatForm.EROFS
 
 
 def _fingerprint(db: sqlite3.Connection) -> str:
@@ -102,6 +115,7 @@ def _fingerprint(db: sqlite3.Connection) -> str:
         "SELECT digest, imported_ns FROM images ORDER BY digest",
         "SELECT name, image FROM names ORDER BY name",
         "SELECT number FROM flats ORDER BY number",
+        "SELECT number FROM erofs ORDER BY number",
     ):
         state.update(repr(db.execute(query).fetchall()).encode())
     return state.hexdigest()
@@ -139,7 +153,7 @@ def _replace(path: str, text: str) -> None:
         raise
 
 
-def _as_data(image: StoredImage, flat: int | None) -> dict[str, Any]:
+def _as_data(image: StoredImage, flat: int | None, erofs: int | None) -> dict[str, Any]:
     return {
         "name": image.name,
         "digest": image.digest,
@@ -147,6 +161,7 @@ def _as_data(image: StoredImage, flat: int | None) -> dict[str, Any]:
         "platform": [image.config.os, image.config.architecture, image.config.variant],
         "layers": [[layer.diff_id, layer.path, layer.entries, layer.size_bytes] for layer in image.layers],
         "flat": flat,
+        "erofs": erofs,
         "files": image.files,
         "root": [image.root.mode, image.root.uid, image.root.gid, image.root.mtime_ns],
         "owners": {"uids": image.owners.uids, "gids": image.owners.gids},

@@ -118,6 +118,22 @@ _MIGRATIONS: Final = (
         PRIMARY KEY (image, reference)
     ) WITHOUT ROWID;
     """,
+    # The second form of flat trees, and roots for layers that have none of their own; see flatmount.store.trees.
+    """
+    CREATE TABLE erofs (
+        number INTEGER PRIMARY KEY,
+        chain_id TEXT NOT NULL UNIQUE,
+        directories INTEGER NOT NULL,
+        inodes INTEGER NOT NULL,
+        size_bytes INTEGER NOT NULL,
+        digest TEXT NOT NULL,
+        preferred INTEGER NOT NULL
+    );
+    CREATE TABLE roots (
+        number INTEGER PRIMARY KEY,
+        chain_id TEXT NOT NULL UNIQUE
+    );
+    """,
 )
 
 
@@ -216,7 +232,7 @@ class Database:
 
     def known_trees(self) -> dict[str, set[int]]:
         """The numbers of all trees, by the directory that they are in."""
-        tables = {"layers": "layers", "flat": "flats", "shifted": "shifted"}
+        tables = {"layers": "layers", "flat": "flats", "shifted": "shifted", "erofs": "erofs", "roots": "roots"}
         with self.reading() as db:
             return {
                 kind: {row[0] for row in db.execute(f"SELECT number FROM {table}")} for kind, table in tables.items()

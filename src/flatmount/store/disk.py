@@ -3,6 +3,8 @@
     ROOT/v1/state.db        the book: what is not in it does not exist
     ROOT/v1/data/           0700, the one parent of all trees; nothing is ever mounted beneath it
         layers/N flat/N shifted/N    N is the book's number, never used twice
+        erofs/N                      a flat tree as an EROFS image: a file
+        roots/N                      an empty directory, a root for a chain whose topmost layer has none
         uppers/                      made by whoever mounts
         snapshots/N/                 the snapshot service's, which looks after them itself
         staging/N trash/             not yet and no longer visible
@@ -33,8 +35,8 @@ from flatmount.image import partial
 from flatmount.kernel.tree import RemovedTree, remove_tree, sync_filesystem
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_DATA: Final = ("layers", "flat", "shifted", "uppers", "snapshots", "staging", "trash")
-TREES: Final = ("layers", "flat", "shifted")
+_DATA: Final = ("layers", "flat", "erofs", "shifted", "roots", "uppers", "snapshots", "staging", "trash")
+TREES: Final = ("layers", "flat", "erofs", "shifted", "roots")
 
 
 class Disk:
@@ -90,6 +92,14 @@ class Disk:
         with self._locked("build.lock", fcntl.LOCK_EX), self.working():
             yield
 
+    def is_building(self) -> bool:
+        """Whether somebody builds now."""
+        try:
+            with self._locked("build.lock", fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
+        except BlockingIOError:
+            return True
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
         """True when nobody else has anything in staging, and then nobody can until the block is left."""
@@ -130,6 +140,10 @@ class Disk:
 
     def publish(self, kind: str, numbers: list[int]) -> None:
         """Move synced trees from staging to their place, durably. The book does not know them yet."""
+        # A store of an older flatmount has not the directories of all kinds.
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(kind, 0o700, dir_fd=self.data_fd)
+            os.fsync(self.data_fd)
         for number in numbers:
             os.rename(f"staging/{number}", f"{kind}/{number}", src_dir_fd=self.data_fd, dst_dir_fd=self.data_fd)
         self._sync_directory(self.data_fd, kind)
@@ -213,7 +227,10 @@ class Disk:
                     os.unlink(path, dir_fd=self.base_fd)
 
     def _names(self, directory: str) -> list[str]:
-        return os.listdir(os.path.join(self.base, directory))
+        try:
+            return os.listdir(os.path.join(self.base, directory))
+        except FileNotFoundError:
+            return []  # of a kind that the flatmount which made this store did not know
 
     def _sweep_one(self, path: str) -> None:
         # What cannot go now, because something is mounted in it, stays out of sight; the next sweep tries

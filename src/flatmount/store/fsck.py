@@ -16,6 +16,7 @@ from flatmount.store import entries
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
 from flatmount.store.entries import LayerEntry
+from flatmount.store.erofs_check import erofs_differences
 from flatmount.store.model import RootAttributes
 from flatmount.store.verify import LayerCheck, flat_differences, layer_differences
 
@@ -29,6 +30,7 @@ class Part(enum.Enum):
     LAYER = "layer"
     FLAT = "flat tree"
     SHIFTED = "shifted tree"
+    ROOT = "root directory"
     STRAY = "stray"
 
 
@@ -91,10 +93,16 @@ class _Check:
             layers = [row[0] for row in db.execute("SELECT number FROM layers ORDER BY number")]
             flats = [row[0] for row in db.execute("SELECT number FROM flats ORDER BY number")]
             shifted = [row[0] for row in db.execute("SELECT number FROM shifted ORDER BY number")]
+            images = [row[0] for row in db.execute("SELECT number FROM erofs ORDER BY number")]
+            roots = [row[0] for row in db.execute("SELECT number FROM roots ORDER BY number")]
         for number in layers:
             findings += self._tree("layers", Part.LAYER, number, self._layer)
         for number in flats:
             findings += self._tree("flat", Part.FLAT, number, self._flat)
+        for number in images:
+            findings += self._tree("erofs", Part.FLAT, number, self._erofs)
+        for number in roots:
+            findings += self._tree("roots", Part.ROOT, number, self._root)
         for number in shifted:
             findings += self._tree("shifted", Part.SHIFTED, number, self._shifted)
         with self._disk.alone() as alone:
@@ -104,7 +112,7 @@ class _Check:
                     Finding(Part.STRAY, path, ("nothing in the book is called that",), 1)
                     for path in self._disk.strays(known)
                 ]
-        return Checked(len(layers), len(flats), self._entries, self._content, tuple(findings))
+        return Checked(len(layers), len(flats) + len(images), self._entries, self._content, tuple(findings))
 
     def _book(self) -> Iterator[Finding]:
         with self._database.reading() as db:
@@ -180,17 +188,31 @@ class _Check:
             return dict(entries.read(file.fileno(), diff_id))
 
     def _flat(self, number: int) -> Iterator[str]:
+        yield from flat_differences(self._disk.data_fd, f"flat/{number}", self._chain("flats", number))
+
+    def _erofs(self, number: int) -> Iterator[str]:
+        with self._database.reading() as db:
+            row = db.execute("SELECT digest FROM erofs WHERE number = ?", (number,)).fetchone()
+        if row is not None:
+            path, layers = f"erofs/{number}", self._chain("erofs", number)
+            yield from erofs_differences(self._disk, path, row[0], layers, content=self._content)
+
+    def _root(self, number: int) -> Iterator[str]:
+        if not self._disk.has_tree(f"roots/{number}"):
+            yield "it is missing"
+
+    def _chain(self, table: str, number: int) -> list[tuple[str, dict[bytes, LayerEntry]]]:
+        """The layers that a flat tree was made of, bottom to top, with what was unpacked into them."""
         with self._database.reading() as db:
             image = db.execute(
-                "SELECT images.digest FROM images JOIN flats USING (chain_id) WHERE number = ? LIMIT 1", (number,)
+                f"SELECT images.digest FROM images JOIN {table} USING (chain_id) WHERE number = ? LIMIT 1", (number,)
             ).fetchone()
             rows = db.execute(
                 "SELECT number, diff_id FROM image_layers JOIN layers ON number = layer"
                 " WHERE image = ? ORDER BY position",
                 image or ("",),
             ).fetchall()
-        layers = [(f"layers/{layer}", self._recorded(layer, diff_id)) for layer, diff_id in rows]
-        yield from flat_differences(self._disk.data_fd, f"flat/{number}", layers)
+        return [(f"layers/{layer}", self._recorded(layer, diff_id)) for layer, diff_id in rows]
 
     def _shifted(self, number: int) -> Iterator[str]:
         if not self._disk.has_tree(f"shifted/{number}"):
@@ -206,6 +228,8 @@ def _images_of(db: sqlite3.Connection, kind: str, number: int) -> list[tuple[str
         "layers": "digest IN (SELECT image FROM image_layers WHERE layer = ?)",
         "flat": "chain_id IN (SELECT chain_id FROM flats WHERE number = ?)",
         "shifted": "chain_id IN (SELECT chain_id FROM shifted WHERE number = ?)",
+        "erofs": "chain_id IN (SELECT chain_id FROM erofs WHERE number = ?)",
+        "roots": "chain_id IN (SELECT chain_id FROM roots WHERE number = ?)",
     }
     query = f"SELECT name, digest FROM images LEFT JOIN names ON image = digest WHERE {chosen[kind]} ORDER BY name"
     return db.execute(query, (number,)).fetchall()

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from flatmount.errors import MappingError
 from flatmount.image import ImageConfig
 from flatmount.plan.mapping import IdRange, Mapping
 
 Span = tuple[int, int]
+
+
+class FlatForm(StrEnum):
+    """How the layers of a chain are merged on disk."""
+
+    HARDLINK = "hardlink"  # a directory tree of hard links into the layers
+    EROFS = "erofs"  # an EROFS image with a copy of everything
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,9 @@ def repair(
 def _outcome(disk: Disk, database: Database, finding: Finding, sources: Sequence[ImageSource]) -> Repair:
     acts: dict[Part, Callable[[], str]] = {
         Part.LAYER: lambda: _replace_layer(disk, database, finding, sources),
-        Part.FLAT: lambda: _drop_tree(disk, database, "flat", finding),
-        Part.SHIFTED: lambda: _drop_tree(disk, database, "shifted", finding),
+        Part.FLAT: lambda: _drop_tree(disk, database, finding),
+        Part.SHIFTED: lambda: _drop_tree(disk, database, finding),
+        Part.ROOT: lambda: _drop_tree(disk, database, finding),
         Part.STRAY: lambda: _sweep(disk, database, finding),
     }
     act = acts.get(finding.part)
@@ -54,10 +55,11 @@ def _outcome(disk: Disk, database: Database, finding: Finding, sources: Sequence
         return Repair(finding, why=from_os_error(error, "repair").line())
 
 
-_USERS = {
-    "layers": "SELECT image FROM image_layers WHERE layer = ?",
-    "flat": "SELECT digest FROM images WHERE chain_id IN (SELECT chain_id FROM flats WHERE number = ?)",
-    "shifted": "SELECT digest FROM images WHERE chain_id IN (SELECT chain_id FROM shifted WHERE number = ?)",
+# The derived trees: where they are, and the table that knows them.
+_DERIVED = {"flat": "flats", "erofs": "erofs", "shifted": "shifted", "roots": "roots"}
+_USERS = {"layers": "SELECT image FROM image_layers WHERE layer = ?"} | {
+    kind: f"SELECT digest FROM images WHERE chain_id IN (SELECT chain_id FROM {table} WHERE number = ?)"
+    for kind, table in _DERIVED.items()
 }
 
 
@@ -148,17 +150,17 @@ def _drop_flat_trees(db: sqlite3.Connection, layer: int) -> list[str]:
     chains = "SELECT chain_id FROM images JOIN image_layers ON image = digest WHERE layer = ?"
     return [
         f"{kind}/{number}"
-        for kind, table in (("flat", "flats"), ("shifted", "shifted"))
+        for kind, table in _DERIVED.items()
         for (number,) in db.execute(f"DELETE FROM {table} WHERE chain_id IN ({chains}) RETURNING number", (layer,))
     ]
 
 
-def _drop_tree(disk: Disk, database: Database, kind: str, finding: Finding) -> str:
+def _drop_tree(disk: Disk, database: Database, finding: Finding) -> str:
+    kind = finding.subject.split("/")[1]
     with disk.working():
         with database.transaction() as db:
             _refuse_held(db, kind, finding.number)
-            table = {"flat": "flats", "shifted": "shifted"}[kind]
-            db.execute(f"DELETE FROM {table} WHERE number = ?", (finding.number,))
+            db.execute(f"DELETE FROM {_DERIVED[kind]} WHERE number = ?", (finding.number,))
         disk.discard(f"{kind}/{finding.number}")
     return "taken away; it is built again when it is next needed"
 

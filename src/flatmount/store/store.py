@@ -6,29 +6,30 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Self
 
 from flatmount.errors import FlatmountError, InUse, StoreError, UnknownImage, from_os_error
 from flatmount.image import ImageSource, open_source
-from flatmount.image import digest as digests
 from flatmount.image.layout_writer import LayoutWriter
 from flatmount.image.model import image_config
 from flatmount.image.partial import Partial, collect_partials, partials
-from flatmount.kernel.tree import Flattened, RemovedTree, copy_tree, flatten
+from flatmount.kernel.tree import RemovedTree
 from flatmount.plan.mapping import Mapping
 from flatmount.store.catalogue import publish
+from flatmount.store.costs import Costs, costs_of
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
 from flatmount.store.exporting import Told, export_images
 from flatmount.store.fsck import Checked, Finding, Report, check
 from flatmount.store.importing import Progress, import_image
-from flatmount.store.model import Holder, Owners, Removed, RootAttributes, Span, StoredImage, StoredLayer
+from flatmount.store.model import FlatForm, Holder, Owners, Removed, RootAttributes, Span, StoredImage, StoredLayer
 from flatmount.store.origins import Origins, book_origin, origins
 from flatmount.store.ranges import Ranges
 from flatmount.store.references import check_name, digest_prefix, resolve
 from flatmount.store.repair import Repair, repair
 from flatmount.store.reserve import Reserve
+from flatmount.store.trees import Trees
 
 
 class Store:
@@ -41,6 +42,7 @@ class Store:
     def __init__(self, disk: Disk, database: Database) -> None:
         self._disk = disk
         self._database = database
+        self._trees = Trees(disk, database, self._publish)
 
     @classmethod
     def open(cls, root: str, *, create: bool = False) -> Store:
@@ -196,119 +198,62 @@ class Store:
 
     # Trees.
 
-    def ensure_flat(self, image: StoredImage) -> str:
+    def ensure_flat(self, image: StoredImage, form: FlatForm = FlatForm.HARDLINK) -> str:
         """The image's flat tree, as a path relative to `data`. Built when there is none; others wait for it.
 
-        It begins with the flat tree of the longest chain beneath that has one. Raises: StoreError,
-        UnknownImage.
+        A tree of hard links begins with that of the longest chain beneath that has one; an EROFS image is a file.
+        Raises: StoreError, UnknownImage.
         """
-        found = self._flat(image.chain_id)
-        if found is None:
-            with self._disk.building():
-                found = self._flat(image.chain_id) or self._build_flat(image)
-        return found
+        return self._trees.ensure(image, form)
 
-    def flat_tree(self, image: StoredImage) -> str | None:
+    def flat_tree(self, image: StoredImage, form: FlatForm = FlatForm.HARDLINK) -> str | None:
         """The image's flat tree, relative to `data`, or None while there is none."""
-        return self._flat(image.chain_id)
+        return self._trees.find(image.chain_id, form)
+
+    def flat_form(self, image: StoredImage) -> FlatForm:
+        """The form of flat tree that containers of the image get where they can: the one asked for last."""
+        return self._trees.preferred(image.chain_id)
+
+    def prefer_flat(self, image: StoredImage, form: FlatForm) -> None:
+        """Let containers of the image get this form, from their next start on."""
+        self._trees.prefer(image.chain_id, form)
+
+    def drop_flat(self, image: StoredImage, form: FlatForm) -> RemovedTree:
+        """Take the image's flat tree of one form away; it is built again when it is next needed.
+
+        Nothing there is no error. Raises: InUse, while somebody holds the image.
+        """
+        with self._disk.working():
+            with self._database.transaction() as db:
+                for (digest,) in db.execute(
+                    "SELECT digest FROM images WHERE chain_id = ?", (image.chain_id,)
+                ).fetchall():
+                    self._refuse_held(db, digest, digest)
+                tree = self._trees.forget(db, image.chain_id, form)
+            self._publish()
+            return RemovedTree(0, 0) if tree is None else self._disk.discard(tree)
+
+    def building(self) -> bool:
+        """Whether somebody builds a tree in this store now."""
+        return self._disk.is_building()
 
     def ensure_shifted(self, image: StoredImage, mapping: Mapping) -> str:
         """A copy of the flat tree whose owners are the host's ids of `mapping`, as a path relative to `data`.
 
         Raises: MappingError, StoreError, UnknownImage.
         """
-        image.owners.require(mapping)
-        flat = self.ensure_flat(image)
-        with self._disk.building():
-            return self._shifted(image.chain_id, mapping) or self._build_shifted(image, flat, mapping)
+        return self._trees.ensure_shifted(image, mapping)
 
-    def _flat(self, chain_id: str) -> str | None:
-        with self._database.reading() as db:
-            row = db.execute("SELECT number FROM flats WHERE chain_id = ?", (chain_id,)).fetchone()
-        return None if row is None else f"flat/{row[0]}"
+    def ensure_root(self, image: StoredImage) -> str | None:
+        """An empty directory with the attributes of the image's root, or None where its topmost layer has them.
 
-    def _shifted(self, chain_id: str, mapping: Mapping) -> str | None:
-        with self._database.reading() as db:
-            row = db.execute(
-                "SELECT number FROM shifted WHERE chain_id = ? AND mapping = ?", (chain_id, str(mapping))
-            ).fetchone()
-        return None if row is None else f"shifted/{row[0]}"
+        For overlays without an upper, whose root is that of their topmost lower. Raises: StoreError, UnknownImage.
+        """
+        return self._trees.ensure_root(image)
 
-    def _build_flat(self, image: StoredImage) -> str:
-        sources, root_source = self._flat_sources(image)
-        counts: list[Flattened] = []
-
-        def build(target: str) -> None:
-            counts.append(flatten(self._disk.data_fd, sources, target, root_source=root_source))
-
-        def book(db: sqlite3.Connection, number: int) -> None:
-            (made,) = counts
-            db.execute(
-                "INSERT INTO flats VALUES (?, ?, ?, ?, ?)",
-                (number, image.chain_id, made.directories, made.links, made.copies),
-            )
-
-        return self._build("flat", image, build, book)
-
-    def _flat_sources(self, image: StoredImage) -> tuple[list[str], int | None]:
-        """Topmost first: the layers above the longest chain that is flat already, and that one."""
-        chain = digests.chain_ids(tuple(layer.diff_id for layer in image.layers))
-        with self._database.reading() as db:
-            given = {f"layers/{row[0]}" for row in db.execute("SELECT number FROM layers WHERE root IS NOT NULL")}
-        sources: list[str] = []
-        for layer, chain_id in zip(reversed(image.layers), reversed(chain), strict=True):
-            flat = self._flat(chain_id)
-            if flat is not None:
-                sources.append(flat)
-                given.add(flat)
-                break
-            sources.append(layer.path)
-        return sources, next((at for at, source in enumerate(sources) if source in given), None)
-
-    def _build_shifted(self, image: StoredImage, flat: str, mapping: Mapping) -> str:
-        def build(target: str) -> None:
-            os.mkdir(target, 0o700, dir_fd=self._disk.data_fd)
-            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-            from_fd = os.open(flat, flags, dir_fd=self._disk.data_fd)
-            try:
-                to_fd = os.open(target, flags, dir_fd=self._disk.data_fd)
-                try:
-                    copy_tree(from_fd, to_fd, mapping)
-                finally:
-                    os.close(to_fd)
-            finally:
-                os.close(from_fd)
-
-        def book(db: sqlite3.Connection, number: int) -> None:
-            db.execute("INSERT INTO shifted VALUES (?, ?, ?)", (number, image.chain_id, str(mapping)))
-
-        return self._build("shifted", image, build, book)
-
-    def _build(
-        self,
-        kind: str,
-        image: StoredImage,
-        build: Callable[[str], None],
-        book: Callable[[sqlite3.Connection, int], None],
-    ) -> str:
-        """Build a tree in staging, then make it durable, then visible."""
-        (number,) = self._database.next_numbers(1)
-        try:
-            build(f"staging/{number}")
-            self._disk.sync()
-            self._disk.publish(kind, [number])
-            with self._database.transaction() as db:
-                if db.execute("SELECT 1 FROM images WHERE chain_id = ?", (image.chain_id,)).fetchone() is None:
-                    raise UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
-                book(db, number)
-        except BaseException as error:
-            self._disk.discard(f"staging/{number}")
-            self._disk.discard(f"{kind}/{number}")
-            if isinstance(error, OSError):
-                raise from_os_error(error, f"build the {kind} tree of {image.digest}:") from error
-            raise
-        self._publish()
-        return f"{kind}/{number}"
+    def costs(self, image: StoredImage) -> Costs:
+        """What the image costs on disk, and what of it other images share; see flatmount.store.costs."""
+        return costs_of(self._disk, self._database, image)
 
     # Leases.
 
@@ -495,5 +440,7 @@ def _unused(db: sqlite3.Connection) -> list[str]:
             "shifted",
             "DELETE FROM shifted WHERE chain_id NOT IN (SELECT chain_id FROM images) RETURNING number",
         ),
+        ("erofs", "DELETE FROM erofs WHERE chain_id NOT IN (SELECT chain_id FROM images) RETURNING number"),
+        ("roots", "DELETE FROM roots WHERE chain_id NOT IN (SELECT chain_id FROM images) RETURNING number"),
     )
     return [f"{kind}/{number}" for kind, query in queries for (number,) in db.execute(query).fetchall()]
