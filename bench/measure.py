@@ -70,7 +70,7 @@ def assemble_all(
     """Assemble `count` containers, `at_once` at a time; returns microseconds of wall time for each, undoing apart."""
     requests = [Request(mapping, f"{tag}-{i}", f"{roots}/{tag}-{i}") for i, mapping in enumerate(mappings(count))]
     if ahead:
-        pool.prepare((request.mapping for request in requests), pinned=assembler.pins)
+        pool.prepare((request.mapping for request in requests), pinned=assembler.pins, image=assembler.image)
     begun = time.perf_counter_ns()
     made = assembler.assemble_many(requests, at_once=at_once)
     took = time.perf_counter_ns() - begun

@@ -34,7 +34,7 @@ def run() -> None:
         build_demo(demo, layers=60, cache=default_cache(), name="demo")
         images = {"the demo image, 60 layers": f"{demo}:demo"}
         if shutil.which("mmdebstrap") and shutil.which("umoci"):
-            images["a Debian system made by mmdebstrap, one layer"] = _system(place)
+            images["a Debian system made by mmdebstrap, one layer"] = debian_system(place)
         else:
             print("no mmdebstrap or umoci here: without the Debian system (tools/setup --tests installs both)")
         for kind in ("tmpfs", "ext4"):
@@ -64,7 +64,7 @@ def _mounted(kind: str, place: str) -> Iterator[str]:
             os.unlink(file)
 
 
-def _system(place: str) -> str:
+def debian_system(place: str) -> str:
     archive, layout = os.path.join(place, "system.tar"), os.path.join(place, "oci")
     machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
     for command in (

@@ -10,6 +10,9 @@
     ca_file = "/etc/ssl/own.pem"    # trusted beside the system's authorities
     mirrors = ["mirror.example"]    # HOST[:PORT][/PREFIX], asked first, in this order
 
+    [store]
+    flat_format = "hardlink"        # how the layers of an image are merged: hardlink or erofs
+
     [snapshotter]
     form = "auto"                   # what containerd is given to mount: auto, overlay, bind or helper
     deadline_s = 30                 # seconds after which a call is told that it takes too long
@@ -34,6 +37,7 @@ from flatmount.errors import UsageError, from_os_error
 DEFAULT_PATH = "/etc/flatmount/config.toml"
 MOST_PARALLEL_LAYERS = 32
 SNAPSHOT_FORMS = ("auto", "overlay", "bind", "helper")
+FLAT_FORMATS = ("hardlink", "erofs")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 HOST = re.compile(
     r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?(?:\.[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?)*"
@@ -61,6 +65,13 @@ class Pull:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreSettings:
+    """How images are kept."""
+
+    flat_format: str = "hardlink"
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshotter:
     """How containerd's snapshots are served. `metrics` is HOST:PORT, or "" for none."""
 
@@ -77,6 +88,7 @@ class Config:
     pull: Pull = Pull()
     registries: Mapping[str, Registry] = field(default_factory=dict)
     snapshotter: Snapshotter = Snapshotter()
+    store: StoreSettings = StoreSettings()
 
     def registry(self, host: str) -> Registry:
         """What is said about `host`, HOST or HOST:PORT."""
@@ -111,7 +123,7 @@ def parse(raw: bytes, where: str) -> Config:
         raise UsageError(
             f"{where}: version is {top.get('version', 'not given')!r}", hint="this flatmount reads `version = 1`"
         )
-    _known(top, ("version", "pull", "registries", "snapshotter"), where)
+    _known(top, ("version", "pull", "registries", "snapshotter", "store"), where)
     pull = _table(top, "pull", where)
     _known(pull, ("parallel_layers",), f"{where}: [pull]")
     registries = _table(top, "registries", where)
@@ -119,6 +131,7 @@ def parse(raw: bytes, where: str) -> Config:
         Pull(_whole(pull, "parallel_layers", Pull().parallel_layers, f"{where}: [pull]", most=MOST_PARALLEL_LAYERS)),
         {host: _registry(_table(registries, host, where), host, where) for host in registries},
         _snapshotter(_table(top, "snapshotter", where), f"{where}: [snapshotter]"),
+        _store(_table(top, "store", where), f"{where}: [store]"),
     )
 
 
@@ -168,6 +181,11 @@ def _snapshotter(table: _Table, where: str) -> Snapshotter:
     )
 
 
+def _store(table: _Table, where: str) -> StoreSettings:
+    _known(table, ("flat_format",), where)
+    return StoreSettings(_one_of(table, "flat_format", FLAT_FORMATS, StoreSettings().flat_format, where))
+
+
 def _one_of(table: _Table, key: str, words: tuple[str, ...], default: str, where: str) -> str:
     value = table.get(key, default)
     if value not in words:
@@ -184,7 +202,8 @@ def _whole(table: _Table, key: str, default: int, where: str, *, most: int) -> i
 
 def dump(config: Config) -> str:
     """The configuration as a file that says everything, defaults too."""
-    lines = ["version = 1", "", "[pull]", f"parallel_layers = {config.pull.parallel_layers}", "", "[snapshotter]"]
+    lines = ["version = 1", "", "[pull]", f"parallel_layers = {config.pull.parallel_layers}", "", "[store]"]
+    lines += (f"flat_format = {json.dumps(config.store.flat_format)}", "", "[snapshotter]")
     lines += (f"{name} = {json.dumps(value)}" for name, value in asdict(config.snapshotter).items())
     for host, registry in config.registries.items():
         lines += ("", f"[registries.{json.dumps(host)}]")

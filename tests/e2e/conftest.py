@@ -66,7 +66,7 @@ def demo_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the demo image in it, made once; read by many tests, so none may change its images."""
     root = tmp_path_factory.mktemp("store") / "root"
     with Store.open(str(root), create=True) as store:
-        import_demo(store, layers=LAYERS, name="demo", progress=lambda text: None)
+        store.ensure_flat(import_demo(store, layers=LAYERS, name="demo", progress=lambda text: None))
     return root
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import stat
@@ -12,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from flatmount.image.demo import build_demo, default_cache
+from flatmount.kernel.probes import probe
 from tests.conftest import CANNOT
 from tests.e2e.conftest import CommandLine
+from tests.kernel.images import directory, file, layout_of
 from tests.kernel.trees import facts
 
 IDENTITY = "0:0:1000000"
@@ -122,6 +125,7 @@ def test_the_assembled_root_is_what_umoci_unpacks(
     bundle = place / "bundle"
     run("umoci", "unpack", "--image", image, bundle)
     expected = facts(str(bundle / "rootfs"))
+    links = link_counts(bundle / "rootfs")
     shutil.rmtree(bundle)
     line = CommandLine(place / "store", flatmount.run_directory)
     line("image", "import", image, "--name", name)
@@ -131,6 +135,16 @@ def test_the_assembled_root_is_what_umoci_unpacks(
         line("umount", str(target))
         assert len(found) > 1000
         assert differences(expected, found) == []
+    if not probe(str(place)).facts.erofs:
+        pytest.skip(f"{CANNOT}the kernel mounts no EROFS images")
+    line("image", "flatten", name, "--flat-format", "erofs")
+    for changes in ("--read-only", "--ephemeral"):
+        line("mount", name, str(target), "--map", IDENTITY, changes)
+        found, found_links = facts(str(target)), link_counts(target)
+        line("umount", str(target))
+        # Nothing excepted: counts of links, which those of the hard-link form are not, as well.
+        assert differences(expected, found) == []
+        assert found_links == links
     line("fsck")
     if name == "changed":
         told = {key: found["srv/special/" + key] for key in ("capable", "first", "setuid", "n" * 255)}
@@ -141,6 +155,38 @@ def test_the_assembled_root_is_what_umoci_unpacks(
             "usr/share/doc/deep",
             "usr/share/doc/only",
         ]
+
+
+def link_counts(root: Path) -> dict[str, int]:
+    """Of everything but directories, whose count is the file system's own business."""
+    return {
+        os.path.relpath(os.path.join(here, name), root): os.lstat(os.path.join(here, name)).st_nlink
+        for here, _, names in os.walk(root)
+        for name in names
+    }
+
+
+def test_the_root_is_what_umoci_makes_where_the_topmost_layers_say_nothing_of_it(
+    flatmount: CommandLine, place: Path, tmp_path: Path, target: Path
+) -> None:
+    base = [directory("./", mode=0o710, uid=11, gid=12, mtime=1_500_000_000), directory("etc"), file("etc/a", "a")]
+    # umoci sets the time of a directory for what later layers change in it: only names below /etc come on top.
+    layout = layout_of(str(tmp_path / "layout"), [base, [file("etc/b", "b")], [file("etc/c", "c")]])
+    with open(f"{layout}/index.json", encoding="ascii") as opened:
+        index = json.load(opened)
+    index["manifests"][0]["annotations"] = {"org.opencontainers.image.ref.name": "rootless"}
+    Path(layout, "index.json").write_text(json.dumps(index))
+    run("umoci", "unpack", "--image", f"{layout}:rootless", tmp_path / "bundle")
+    expected = facts(str(tmp_path / "bundle/rootfs"))
+    assert expected["."]["owner"] == (11, 12)
+    line = CommandLine(tmp_path / "store", flatmount.run_directory)
+    line("image", "import", layout, "--name", "rootless", "--flatten", "first-use")
+    for strategy, changes in (("detached", "--read-only"), ("detached", "--ephemeral"), ("flat", "--read-only")):
+        line("mount", "rootless", str(target), "--map", IDENTITY, changes, "--strategy", strategy)
+        found = facts(str(target))
+        line("umount", str(target))
+        assert differences(expected, found) == [], (strategy, changes)
+    line("fsck")
 
 
 def differences(expected: dict[str, dict[str, object]], found: dict[str, dict[str, object]]) -> list[str]:

@@ -169,7 +169,7 @@ def test_no_descriptor_reaches_a_program(store: Store, tmp_path: Path) -> None:
     before = set(os.listdir("/proc/self/fd"))
     image = imported(store, tmp_path, [file("a")])
     facts_ = probe(store.data).facts
-    choice = choose_for("auto", image, facts_)
+    choice = choose_for("flat", store, image, facts_)
     mapping = Mapping.single(100000)
     spec = specification(store, image, choice, mapping=mapping, upper=Upper.STORE)
     pool = RangePool(store.data, facts_)

@@ -35,7 +35,7 @@ root, strategy, place, count = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.ar
 with Store.open(root) as store:
     image = store.image("tiny")
     facts = probe_store(store).facts
-    choice = choose_for(strategy, image, facts)
+    choice = choose_for(strategy, store, image, facts)
     os.makedirs(place + "/uppers")
     spec = specification(store, image, choice, upper=Upper.ELSEWHERE, make_target=True, scratch=place + "/s-")
     pool = RangePool(store.data, facts)

@@ -21,6 +21,7 @@ class _Store:
 
     def __init__(self) -> None:
         self.imported: list[tuple[str, int]] = []
+        self.flattened: list[tuple[str, str, str]] = []
 
     def __enter__(self) -> _Store:
         return self
@@ -43,6 +44,9 @@ def store(monkeypatch: pytest.MonkeyPatch) -> _Store:
     monkeypatch.setattr("flatmount.image.demo_packages.fetch_packages", no_packages)
     monkeypatch.setattr("flatmount.image.demo_busybox.find_busybox", lambda: busybox)
     monkeypatch.setattr(image_demo, "open_store", lambda args, *, create: store)
+    monkeypatch.setattr(
+        image_demo, "flatten_when", lambda when, store, image, form: store.flattened.append((when, image, str(form)))
+    )
     return store
 
 
@@ -51,6 +55,7 @@ def test_image_goes_into_the_store_and_nothing_else_stays(
 ) -> None:
     assert main(["image", "demo", "--layers", "7", "--cache", str(tmp_path / "cache")]) == 0
     assert store.imported == [("demo", 7)]
+    assert store.flattened == [("background", "stored", "hardlink")]
     assert os.listdir(tmp_path / "cache") == []
     out, err = capsys.readouterr()
     assert out.startswith("demo: 7 layers, 5 of them generated, 1 packages, ")
@@ -67,7 +72,7 @@ def test_out_alone_leaves_the_store_alone(store: _Store, tmp_path: Path, capsys:
     assert facts["why_not_packages"] and facts["layers"] == len(image_of(out)[1]) == 5
     assert store.imported == []
     assert main(["image", "demo", "--layers", "6", "--cache", cache, "--out", out, "--name", "both"]) == 0
-    assert store.imported == [("both", 6)]
+    assert (store.imported, len(store.flattened)) == ([("both", 6)], 1)
 
 
 def test_other_verbs_get_an_image(store: Any, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from flatmount.cli import flatten, image_demo, image_pull
 from flatmount.cli.common import look_at_store, open_store, print_json, size, store_options
-from flatmount.cli.flatten import flatten_when, when_option
+from flatmount.cli.flatten import flatten_when, usable_form, when_option
 from flatmount.cli.store import add_export
 from flatmount.errors import EXIT_FINE
-from flatmount.store import Catalogue, Progressed, Store, StoredImage
+from flatmount.store import Catalogue, Costs, FlatForm, Progressed, Store, StoredImage, Usage
 
 _EXAMPLES = """examples:
   flatmount image import ./layout --name web     an OCI image layout: a directory or a tar archive
@@ -79,8 +79,9 @@ def _import(args: argparse.Namespace) -> int:
     progress = _Line() if sys.stderr.isatty() else None
     with open_store(args, create=True) as store:
         try:
+            form = usable_form(args, store)
             image = store.import_image(args.path, name=args.name, progress=progress)
-            flatten_when(args.flatten, store, image)
+            flatten_when(args.flatten, store, image, form)
         finally:
             if progress is not None:
                 progress.clear()
@@ -110,7 +111,8 @@ def _list(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     with look_at_store(args) as store:
         image = store.image(args.image)
-        detail = facts(image) | _detail(store, image)
+        costs = store.costs(image) if isinstance(store, Store) else None
+        detail = facts(image) | _detail(store, image) | {"costs": None if costs is None else _costs(costs)}
     if args.json:
         print_json("image-show", detail)
         return EXIT_FINE
@@ -122,9 +124,71 @@ def _show(args: argparse.Namespace) -> int:
     if detail["holders"] is not None:
         print(f"{'held by':<12}{', '.join(detail['holders']) or 'nobody'}")
     print(f"{'files':<12}{image.files}, {size(detail['size_bytes'])} in {len(image.layers)} layers")
-    rows = [(layer.path, layer.diff_id[7:19], str(layer.entries), size(layer.size_bytes)) for layer in image.layers]
-    _table(("LAYER", "DIFF ID", "ENTRIES", "SIZE"), rows)
+    if costs is None:
+        rows = [(layer.path, layer.diff_id[7:19], str(layer.entries), size(layer.size_bytes)) for layer in image.layers]
+        _table(("LAYER", "DIFF ID", "ENTRIES", "SIZE"), rows)
+        return EXIT_FINE
+    _show_costs(image, costs)
     return EXIT_FINE
+
+
+def _show_costs(image: StoredImage, costs: Costs) -> None:
+    """What is on disk, in inodes and blocks: `SIZE` is the content, `ON DISK` what it takes."""
+    total, own = costs.total, costs.own
+    print(f"{'on disk':<12}{total.inodes} inodes, {size(total.size_bytes)}")
+    print(f"{'of its own':<12}{own.inodes} inodes, {size(own.size_bytes)}: what removing it frees")
+    rows = [
+        (
+            layer.path,
+            layer.diff_id[7:19],
+            str(layer.entries),
+            size(layer.size_bytes),
+            str(cost.usage.inodes),
+            size(cost.usage.size_bytes),
+            _others(cost.shared_with),
+        )
+        for layer, cost in zip(image.layers, costs.layers, strict=True)
+    ]
+    _table(("LAYER", "DIFF ID", "ENTRIES", "SIZE", "INODES", "ON DISK", "SHARED WITH"), rows)
+    for flat in costs.flat:
+        within = f"{flat.directories} directories and {flat.links} " + (
+            "links into the layers" if flat.form is FlatForm.HARDLINK else "files of its own, in one"
+        )
+        copies = f", {flat.copies} copies where links ran out" if flat.copies else ""
+        print(
+            f"{flat.path}, {flat.form}: {flat.usage.inodes} inodes, {size(flat.usage.size_bytes)}; {within}{copies}"
+            + (f"; shared with {_others(flat.shared_with)}" if flat.shared_with else "")
+        )
+
+
+def _others(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more or "-"
+
+
+def _costs(costs: Costs) -> dict[str, Any]:
+    def usage(of: Usage) -> dict[str, int]:
+        return {"inodes": of.inodes, "size_bytes": of.size_bytes}
+
+    return {
+        "total": usage(costs.total),
+        "own": usage(costs.own),
+        "layers": [
+            {"path": layer.path, **usage(layer.usage), "shared_with": list(layer.shared_with)} for layer in costs.layers
+        ],
+        "flat": [
+            {
+                "form": flat.form,
+                "path": flat.path,
+                "directories": flat.directories,
+                "links": flat.links,
+                "copies": flat.copies,
+                **usage(flat.usage),
+                "shared_with": list(flat.shared_with),
+            }
+            for flat in costs.flat
+        ],
+    }
 
 
 def _detail(store: Store | Catalogue, image: StoredImage) -> dict[str, Any]:
@@ -136,7 +200,7 @@ def _detail(store: Store | Catalogue, image: StoredImage) -> dict[str, Any]:
         "entrypoint": list(config.entrypoint),
         "cmd": list(config.cmd),
         "workdir": config.workdir or None,
-        "flat_tree": store.flat_tree(image),
+        "flat_tree": store.flat_tree(image, store.flat_form(image)),
         "dropped_xattrs": image.dropped_xattrs,
         "root": {
             "mode": image.root.mode,

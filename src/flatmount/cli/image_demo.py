@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from flatmount.cli.common import open_store, print_json, store_options, whole
+from flatmount.cli.flatten import flatten_when, usable_form, when_option
 from flatmount.errors import EXIT_FINE
 from flatmount.image.demo import MAX_LAYERS, MIN_LAYERS, DemoImage, Source, build_demo, default_cache
 from flatmount.image.scratch import scratch_directory
@@ -35,6 +36,7 @@ def add_parser(verbs: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     store_options(parser)
+    when_option(parser)
     parser.add_argument("--layers", default="60", metavar="N", help="from 5 to 1000 (default: %(default)s)")
     parser.add_argument("--name", metavar="NAME", help="the image's name in the store (default: demo)")
     parser.add_argument(
@@ -58,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         out = args.out or os.path.join(stack.enter_context(_scratch(cache)), "layout")
         image = _build(out, layers, cache, name, progress)
         if store is not None:
-            store.import_image(image.path, name=name, progress=_import_progress(progress))
+            form = usable_form(args, store)
+            stored = store.import_image(image.path, name=name, progress=_import_progress(progress))
+            flatten_when(args.flatten, store, stored, form)
     progress("")
     seconds = time.monotonic() - started
     if args.json:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from flatmount.cli.common import open_store, print_json, size, store_options
+from flatmount.cli.flatten import flatten_when, usable_form, when_option
 from flatmount.config import DEFAULT_PATH, Config, load
 from flatmount.errors import EXIT_FINE
 from flatmount.image.model import Platform
@@ -56,6 +57,7 @@ def add_parser(verbs: Any) -> None:
     )
     parser.add_argument("--plain-http", action="store_true", help="speak to HOST without TLS")
     store_options(parser)
+    when_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -72,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
     with open_store(args, create=True) as store:
         source = open_registry(reference, config, platform=platform)
         try:
+            form = usable_form(args, store)
             with _bars(source) as progress:
                 image = store.import_from(source, name=args.name or source.name, progress=progress)
+            flatten_when(args.flatten, store, image, form)
             facts = _facts(image, reference, source, time.monotonic() - started)
         finally:
             source.close()

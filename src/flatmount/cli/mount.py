@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from flatmount.cli.common import map_options, mapping_of, open_store, print_json, run_directory, store_options
+from flatmount.cli.flatten import configured_form, tell_if_not_ready
 from flatmount.errors import EXIT_FINE
 from flatmount.rootfs.image import probe_store, require_root
 from flatmount.rootfs.mounting import Request, mount, recover
@@ -53,8 +54,10 @@ def _run(args: argparse.Namespace) -> int:
             upper=args.upper,
             ephemeral=args.ephemeral,
             read_only=args.read_only,
+            flat_form=configured_form(),
         )
         done = mount(store, Records(run), run, request, probe_store(store).facts)
+        tell_if_not_ready(args.strategy, done.choice, store, request.image)
     record = done.record
     if args.json:
         facts = {

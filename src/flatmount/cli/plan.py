@@ -7,9 +7,9 @@ import os
 
 from flatmount.cli.common import look_at_store, map_options, mapping_of, print_json, store_options
 from flatmount.errors import EXIT_FINE
-from flatmount.plan import Parameter, as_data, explain
+from flatmount.plan import MountPlan, Parameter, as_data, explain
 from flatmount.rootfs.image import NEWEST, choose_for, probe_store
-from flatmount.store import Catalogue, Store, StoredImage
+from flatmount.store import Catalogue, FlatForm, Store, StoredImage
 from flatmount.strategies import (
     AUTO,
     NAMES,
@@ -20,6 +20,8 @@ from flatmount.strategies import (
     RootfsSpec,
     Upper,
     pin,
+    pin_image,
+    pin_superblock,
 )
 
 
@@ -48,11 +50,14 @@ def _run(args: argparse.Namespace) -> int:
         may_probe = store if isinstance(store, Store) and os.geteuid() == 0 else None
         probed = may_probe is not None
         facts = probe_store(may_probe).facts if may_probe is not None else NEWEST
-        choice = choose_for(args.strategy, image, facts)
+        choice = choose_for(args.strategy, store, image, facts)
         plan = STRATEGIES[choice.name](_specification(store, image, choice, read_only=args.read_only), facts)
-        once = pin((Parameter.DATA,), facts, id_mapped=True)
+        once, shared = pin((Parameter.DATA,), facts, id_mapped=True), choice.name in PINNING
+        image_once = pin_superblock(facts) if choice.erofs else None
+        if choice.erofs:
+            once = MountPlan((*once.operations, *pin_image(facts).operations))
         values = _values(store)
-    shared = once.operations if choice.name in PINNING else ()
+        values[Parameter.IMAGE] = store.flat_tree(image, FlatForm.EROFS) or "erofs/N"
     if args.json:
         facts_said = {
             "image": image.digest,
@@ -62,6 +67,7 @@ def _run(args: argparse.Namespace) -> int:
             "reason": choice.reason,
             "mount_operations": plan.mount_operations,
             "operations": as_data(plan, values),
+            "once_for_all": as_data(image_once, values) if image_once is not None else [],
             "once_for_a_range": as_data(once, values) if shared else [],
             "probed": probed,
         }
@@ -70,6 +76,9 @@ def _run(args: argparse.Namespace) -> int:
     print(f"strategy {choice.name} ({choice.reason}), {len(image.layers)} layers, map {mapping}")
     if not probed:
         print("assuming a kernel that has everything; as root, it would be probed")
+    if image_once is not None:
+        print("once for the image, in each process:")
+        print(explain(image_once, values))
     if shared:
         print("once for a range:")
         print(explain(once, values))
@@ -84,6 +93,7 @@ def _specification(store: Store | Catalogue, image: StoredImage, choice: Choice,
     return RootfsSpec(
         layers=tuple(layer.path for layer in image.layers),
         flat=store.flat_tree(image) or "flat/N",
+        erofs=store.flat_tree(image, FlatForm.EROFS) if choice.erofs else None,
         shifted="shifted/N",
         upper=Upper.NONE if read_only else Upper.STORE,
         root=RootDirectory(image.root.mode, image.root.uid, image.root.gid, image.root.mtime_ns),

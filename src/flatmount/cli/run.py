@@ -9,6 +9,7 @@ from contextlib import nullcontext
 
 from flatmount.cli.common import map_options, open_store, run_directory, store_root_option, whole
 from flatmount.cli.containers import recovered, with_engine_codes
+from flatmount.cli.flatten import configured_form, tell_if_not_ready
 from flatmount.errors import EXIT_FINE, FlatmountError
 from flatmount.plan.mapping import Mapping
 from flatmount.rootfs.image import probe_store, require_root
@@ -113,8 +114,9 @@ def _run(args: argparse.Namespace) -> int:
     with open_store(args) as store:
         containers = recovered(store)
         image = store.image(args.image)
-        how = How(runtime, Attachment(args.attach), args.strategy)
+        how = How(runtime, Attachment(args.attach), args.strategy, flat_form=configured_form())
         with Starter(store, image, run, probe_store(store).facts, how) as starter:
+            tell_if_not_ready(args.strategy, starter.choice, store, image)
             holder, mapping = _reserve(store, image, containers, name, mapping, args.pool)
             # From before the start on: the first thing that a container writes is to be shown as it means it.
             with nullcontext() if args.detach else Relay() as relay, raw(args.tty and not args.detach):

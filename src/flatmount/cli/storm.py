@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable
 
 from flatmount.cli.common import open_store, run_directory, store_root_option, whole
+from flatmount.cli.flatten import tell_if_not_ready
 from flatmount.cli.image_demo import import_demo
 from flatmount.cli.storm_engines import ROOTFS, add_engine_options, refuse_engine_options, run_engines
 from flatmount.cli.storm_profile import with_locks
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
+from flatmount.plan.facts import HostFacts
 from flatmount.report.html import page
 from flatmount.report.text import render, wants_colour
-from flatmount.rootfs.image import probe_store, require_root
+from flatmount.rootfs.image import choose_for, probe_store, require_root
 from flatmount.rootfs.mounting import recover
 from flatmount.store import Store, StoredImage
 from flatmount.storm.engine import run_storm
 from flatmount.storm.results import Settings, StormReport
-from flatmount.strategies import AUTO, choose
+from flatmount.strategies import AUTO
 
 COMPARED = ("per-layer", "common-parent", "detached", "flat")
 DEMO = "demo"
@@ -104,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
             print(f"flatmount: {told}", file=sys.stderr)
         image = _image(args, store, progress)
         facts = probe_store(store).facts
-        strategies = _strategies(args.strategies, lambda: choose(AUTO, facts, flat_ready=True, layers=1).name)
+        strategies = _strategies(args.strategies, lambda: _auto(store, image, facts))
         settings = Settings(
             containers=containers,
             concurrency=whole(args.concurrency or args.containers, "--concurrency", least=1, most=4096),
@@ -127,6 +129,12 @@ def _run(args: argparse.Namespace) -> int:
     progress("")
     _write(report, args.json, args.html)
     return EXIT_FAILED if any(result.failed for result in report.results) else EXIT_FINE
+
+
+def _auto(store: Store, image: StoredImage, facts: HostFacts) -> str:
+    choice = choose_for(AUTO, store, image, facts)
+    tell_if_not_ready(AUTO, choice, store, image)
+    return choice.name
 
 
 def _strategies(text: str, auto: Callable[[], str]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ def main() -> None:
     with Store.open(root) as store:
         image = store.image(reference)
         facts = probe_store(store).facts
-        choice = choose_for(strategy, image, facts)
+        choice = choose_for(strategy, store, image, facts)
         uppers, scratch = f"{place}/uppers", f"{place}/scratch-"
         os.makedirs(uppers, exist_ok=True)
         spec = specification(store, image, choice, upper=Upper.ELSEWHERE, make_target=True, scratch=scratch)

@@ -40,7 +40,8 @@ def assemble(
     Args:
         mapping: the container's ids; must cover every owner in the image.
         target: an existing directory, absolute; not with Attach.NONE.
-        strategy: a strategy's name, or `auto`. Builds the flat tree or the shifted copy it needs, once.
+        strategy: a strategy's name, which builds the flat tree or the shifted copy it needs, once; or `auto`, which
+            does not wait for a flat tree (`store.ensure_flat` builds it).
         read_only: no upper; the root file system cannot be written to.
         name: the upper's name in the store, one path component; made up unless given.
         pool: ranges to share with other calls. Without it, host and range are probed and made for this one alone.
@@ -53,7 +54,7 @@ def assemble(
         raise UsageError("a root file system is attached at a target, or nowhere", hint="give exactly one of the two")
     own = pool is None
     ranges = pool or RangePool(store.data, probe_store(store).facts)
-    choice = choose_for(strategy, image, ranges.facts)
+    choice = choose_for(strategy, store, image, ranges.facts)
     scratch = os.path.join(store.root, "v1", ".ovl-")
     spec = specification(
         store,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from flatmount.errors import FlatmountError
 from flatmount.kernel.probes import Probes, probe
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
-from flatmount.store import Store, StoredImage
-from flatmount.strategies import Attach, Choice, RootDirectory, RootfsSpec, Upper, choose
+from flatmount.store import Catalogue, FlatForm, Store, StoredImage
+from flatmount.strategies import MOST_LOWERS, Attach, Choice, RootDirectory, RootfsSpec, Upper, choose, detached, flat
 
 # A kernel that has everything: what `plan` assumes where it may not probe.
 NEWEST = HostFacts(**dict.fromkeys(HostFacts.__dataclass_fields__, True))
@@ -31,6 +32,7 @@ def specification(
     """What to build for containers of `image`; makes its flat tree or its shifted copy if the strategy needs one.
 
     Args:
+        choice: of `choose_for`: the strategy, and for `flat` the form of the tree.
         mapping: checked against the image's owners; required by strategy `chown`, whose copy is made for it.
 
     Raises: MappingError where an owner of the image has no host id; StoreError.
@@ -40,7 +42,9 @@ def specification(
     shifted = store.ensure_shifted(image, mapping) if choice.name == "chown" and mapping is not None else None
     return RootfsSpec(
         layers=tuple(layer.path for layer in image.layers),
-        flat=store.ensure_flat(image) if choice.name == "flat" else None,
+        flat=store.ensure_flat(image) if choice.name == flat.NAME and not choice.erofs else None,
+        erofs=store.ensure_flat(image, FlatForm.EROFS) if choice.name == flat.NAME and choice.erofs else None,
+        top=store.ensure_root(image) if choice.name == detached.NAME and upper is Upper.NONE else None,
         shifted=shifted,
         upper=upper,
         fresh_upper=fresh_upper,
@@ -52,9 +56,40 @@ def specification(
     )
 
 
-def choose_for(name: str, image: StoredImage, facts: HostFacts) -> Choice:
-    """The strategy that `name` stands for; an image's flat tree may be built now, so it counts as ready."""
-    return choose(name, facts, flat_ready=True, layers=len(image.layers))
+def choose_for(
+    name: str,
+    store: Store | Catalogue,
+    image: StoredImage,
+    facts: HostFacts,
+    *,
+    flat_form: FlatForm = FlatForm.HARDLINK,
+) -> Choice:
+    """The strategy that `name` stands for, and for `flat` the form of the tree.
+
+    `auto` does not wait for a flat tree that is not there, unless nothing else of a constant cost can be had: for an
+    image without layers, of more than overlayfs takes, or before `lowerdir+`. Where there are both forms, the one that
+    was asked for last is taken if this host mounts it; where there is none and one must be built, `flat_form`.
+
+    Raises: UsageError, MissingFeature.
+    """
+    form = _ready_form(store, image, facts)
+    others = facts.lowerdir_append and 0 < len(image.layers) < MOST_LOWERS
+    choice = choose(name, facts, flat_ready=form is not None or not others, layers=len(image.layers))
+    if choice.name != flat.NAME:
+        return choice
+    if form is None:
+        form = flat_form if facts.erofs else FlatForm.HARDLINK
+    if form is FlatForm.EROFS:
+        return replace(choice, erofs=True, reason=f"{choice.reason}; an EROFS image")
+    return choice
+
+
+def _ready_form(store: Store | Catalogue, image: StoredImage, facts: HostFacts) -> FlatForm | None:
+    wanted = store.flat_form(image)
+    for form in (wanted, *(form for form in FlatForm if form is not wanted)):
+        if store.flat_tree(image, form) is not None and (form is FlatForm.HARDLINK or facts.erofs):
+            return form
+    return None
 
 
 def probe_store(store: Store) -> Probes:

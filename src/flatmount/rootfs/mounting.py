@@ -22,7 +22,7 @@ from flatmount.rootfs.records import Record, Records, State, check_id, new_id
 from flatmount.rootfs.signals import undivided
 from flatmount.rootfs.uppers import UpperPlace, check_reuse, make_upper, remove_own_upper
 from flatmount.rootfs.workplace import sweep, workplace
-from flatmount.store import Store, StoredImage
+from flatmount.store import FlatForm, Store, StoredImage
 from flatmount.strategies import PINNING, Choice, Upper
 
 
@@ -38,6 +38,7 @@ class Request:
     upper: str | None = None
     ephemeral: bool = False
     read_only: bool = False
+    flat_form: FlatForm = FlatForm.HARDLINK  # of a flat tree that must be built
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ def mount(store: Store, records: Records, run: str, request: Request, facts: Hos
     that ends the process arrives after the mount was made and taken off again.
     Raises: UsageError, MappingError, OperationFailed, MissingFeature, StoreError; InUse for an upper that is mounted.
     """
-    choice = choose_for(request.strategy, request.image, facts)
+    choice = choose_for(request.strategy, store, request.image, facts, flat_form=request.flat_form)
     mount_id = new_id() if request.id is None else check_id(request.id)
     place = _upper_place(store, request, mount_id)
     fresh = not request.read_only and not os.path.lexists(place.path)
@@ -287,4 +288,5 @@ def _is_ours(entry: MountEntry, record: Record, state: State) -> bool:
     # Killed before the number was known. Nothing was mounted at the target before, so that it takes little to be sure.
     if state is State.MOUNTED:
         return False
-    return entry.source in (f"flatmount-{record.upper}", "overlay") or "/v1/data/" in entry.root
+    ours = entry.source in (f"flatmount-{record.upper}", "overlay") or "/v1/data/" in entry.root
+    return ours or entry.fs_type == "erofs"

@@ -25,7 +25,7 @@ from flatmount.runtime.records import Containers, Record, State
 from flatmount.runtime.request import Attachment, Request
 from flatmount.runtime.template import WITHOUT, Template, Templates
 from flatmount.runtime.users import require_mapped, resolve
-from flatmount.store import Store, StoredImage
+from flatmount.store import FlatForm, Store, StoredImage
 from flatmount.strategies import AUTO, Attach, Choice, Upper
 
 LOG_BYTES: Final = 16 << 20
@@ -50,6 +50,7 @@ class How:
     attachment: Attachment = Attachment.PRIVATE
     strategy: str = AUTO
     log_bytes: int = LOG_BYTES
+    flat_form: FlatForm = FlatForm.HARDLINK  # of a flat tree that must be built
 
 
 class Starter:
@@ -60,11 +61,11 @@ class Starter:
     """
 
     def __init__(self, store: Store, image: StoredImage, run: str, facts: HostFacts, how: How) -> None:
-        """Prepare: the image's flat tree is made if the strategy needs one."""
+        """Prepare: the image's flat tree is made if the strategy, asked for by name, needs one."""
         self.image = image
         self.how = how
         self.containers = Containers(run)
-        self.choice: Choice = choose_for(how.strategy, image, facts)
+        self.choice: Choice = choose_for(how.strategy, store, image, facts, flat_form=how.flat_form)
         self.store = store
         ensure_run_directory(run)
         require_passable(run)

@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import random
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 from flatmount.errors import FlatmountError
 from flatmount.kernel.start import check_start
+from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
+from flatmount.rootfs import RangePool, assemble
 from flatmount.rootfs.assembler import Assembler, Rootfs
+from flatmount.store import Store, StoredImage
+from flatmount.strategies import Attach
 
 FIRST_HOST_ID = 1 << 20
 RANGE_SIZE = 1 << 16
 MOST_CONTAINERS = ((1 << 32) - 2 - FIRST_HOST_ID) // RANGE_SIZE
 
+_AS_THEY_ARE = Mapping.single(0, (1 << 32) - 1)
 _READ_BYTES = 65536
 _WRITTEN = "/.flatmount-storm"
 
@@ -39,6 +45,24 @@ class Container:
     mapping: Mapping
     target: str
     probe: ProbeFile
+
+
+@contextmanager
+def merged_tree(store: Store, image: StoredImage, facts: HostFacts) -> Iterator[str]:
+    """A path to the image's files as a container sees them, with the owners that the image gives them.
+
+    The flat tree; where there is none yet, an overlay of the layers that is attached nowhere.
+    """
+    ready = store.flat_tree(image)
+    if ready is not None:
+        yield os.path.join(store.data, ready)
+        return
+    pool = RangePool(store.data, facts)
+    with (
+        closing(pool),
+        assemble(store, image, _AS_THEY_ARE, attach=Attach.NONE, read_only=True, pool=pool) as rootfs,
+    ):
+        yield f"/proc/self/fd/{rootfs.descriptor}"
 
 
 def image_files(tree: str) -> tuple[list[str], int]:

@@ -24,7 +24,7 @@ from flatmount.rootfs.ranges import RangePool
 from flatmount.rootfs.workplace import workplace
 from flatmount.store import Store, StoredImage
 from flatmount.storm.burst import Burst, run_burst, undo_burst
-from flatmount.storm.containers import MOST_CONTAINERS, Container, containers, image_files
+from flatmount.storm.containers import MOST_CONTAINERS, Container, containers, image_files, merged_tree
 from flatmount.storm.host import now_utc, this_host
 from flatmount.storm.limits import allow_descriptors
 from flatmount.storm.probe import HealthProbe
@@ -38,7 +38,7 @@ from flatmount.storm.results import (
     measured,
 )
 from flatmount.storm.watcher import Watchers, WatcherTotals
-from flatmount.strategies import Choice, Upper
+from flatmount.strategies import Choice, Upper, flat
 
 Progress = Callable[[str], None]
 
@@ -100,7 +100,7 @@ def run_storm(
         background_mounts(place, settings.background)
         storm = _Storm(store, image, settings, facts, place, elsewhere[0] if elsewhere else f"{place}/uppers", stop)
         probe = stack.enter_context(HealthProbe())
-        storm.prepare(progress)
+        storm.prepare(progress, stack)
         unasked = Account(None, "not asked")
         accounts = {name: storm.account(name, progress) if account else unasked for name in settings.strategies}
         results = [
@@ -200,10 +200,12 @@ class _Storm:
         self._tree = ""
         self._bursts = 0
 
-    def prepare(self, progress: Progress) -> None:
-        """Make what is made once for the image: its flat tree, and the directories of the storm."""
-        progress("flat tree")
-        self._tree = os.path.join(self._store.data, self._store.ensure_flat(self._image))
+    def prepare(self, progress: Progress, stack: ExitStack) -> None:
+        """Make what is made once for the image: its flat tree if a strategy takes it, and the storm's directories."""
+        if flat.NAME in self._settings.strategies:
+            progress("flat tree")
+            self._store.ensure_flat(self._image)
+        self._tree = stack.enter_context(merged_tree(self._store, self._image, self._facts))
         self._files, self.entries = image_files(self._tree)
         for directory in (f"{self._place}/roots", f"{self._place}/tmp", self._uppers):
             os.makedirs(directory, mode=0o711, exist_ok=True)

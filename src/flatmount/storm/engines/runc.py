@@ -69,8 +69,8 @@ class RuncEngine:
         self._runtime = Runtime.find(DEFAULT, run)
         self._base = f"{place}/{self.name.replace(' ', '-')}"
         self._plain = f"{self._base}/plain" if plain else None
-        self._flat = os.path.join(store.data, store.ensure_flat(image))
-        choice = choose_for(AUTO, image, facts)
+        self._flat = os.path.join(store.data, store.ensure_flat(image)) if plain else ""
+        choice = choose_for(AUTO, store, image, facts)
         self._pool = RangePool(store.data, facts)
         uppers = f"{self._base}/uppers"
         scratch = f"{self._base}/ovl-"
