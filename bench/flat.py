@@ -62,7 +62,7 @@ class _Section:
         self._store = store
         self._image = image
         self._place = place
-        self._facts = probe_store(store).facts
+        self._facts = probe_store(store, images=True).facts
 
     def run(self) -> None:
         if not self._facts.erofs:

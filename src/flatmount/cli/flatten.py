@@ -75,7 +75,7 @@ def usable_form(args: argparse.Namespace, store: Store) -> FlatForm:
     if form is FlatForm.EROFS:
         # Where no root is, nothing can be probed: the kernel's word comes when it mounts.
         try:
-            require_erofs(os.geteuid() != 0 or probe_store(store).facts.erofs)
+            require_erofs(os.geteuid() != 0 or probe_store(store, images=True).facts.erofs)
         except MissingFeature as missing:
             if args.flat_format is not None:
                 raise

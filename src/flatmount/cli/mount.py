@@ -11,6 +11,7 @@ from flatmount.errors import EXIT_FINE
 from flatmount.rootfs.image import probe_store, require_root
 from flatmount.rootfs.mounting import Request, mount, recover
 from flatmount.rootfs.records import Records
+from flatmount.store import FlatForm
 from flatmount.strategies import AUTO, NAMES
 
 
@@ -45,6 +46,7 @@ def _run(args: argparse.Namespace) -> int:
     with open_store(args) as store:
         for told in recover(run, store):
             print(f"flatmount: {told}", file=sys.stderr)
+        form = configured_form()
         request = Request(
             image=store.image(args.image),
             target=args.directory,
@@ -54,9 +56,9 @@ def _run(args: argparse.Namespace) -> int:
             upper=args.upper,
             ephemeral=args.ephemeral,
             read_only=args.read_only,
-            flat_form=configured_form(),
+            flat_form=form,
         )
-        done = mount(store, Records(run), run, request, probe_store(store).facts)
+        done = mount(store, Records(run), run, request, probe_store(store, images=form is FlatForm.EROFS).facts)
         tell_if_not_ready(args.strategy, done.choice, store, request.image)
     record = done.record
     if args.json:

@@ -29,7 +29,7 @@ from flatmount.runtime.request import (
 )
 from flatmount.runtime.starter import How, Started, Starter, remove
 from flatmount.runtime.terminal import Relay, raw
-from flatmount.store import Store, StoredImage
+from flatmount.store import FlatForm, Store, StoredImage
 from flatmount.strategies import AUTO, NAMES
 
 _EXAMPLES = """examples:
@@ -115,7 +115,8 @@ def _run(args: argparse.Namespace) -> int:
         containers = recovered(store)
         image = store.image(args.image)
         how = How(runtime, Attachment(args.attach), args.strategy, flat_form=configured_form())
-        with Starter(store, image, run, probe_store(store).facts, how) as starter:
+        facts = probe_store(store, images=how.flat_form is FlatForm.EROFS).facts
+        with Starter(store, image, run, facts, how) as starter:
             tell_if_not_ready(args.strategy, starter.choice, store, image)
             holder, mapping = _reserve(store, image, containers, name, mapping, args.pool)
             # From before the start on: the first thing that a container writes is to be shown as it means it.

@@ -105,16 +105,17 @@ _FEATURES = (
 _TRIED = tuple(name for name, _, _ in _FEATURES[:6])
 
 
-def probe(directory: str) -> Probes:
-    """Try every feature for the file system that holds `directory`.
+def probe(directory: str, *, images: bool = True) -> Probes:
+    """Try every feature for the file system that holds `directory`; those of EROFS images only if `images`.
 
     Takes some milliseconds however long the host's mount table is: an empty mount namespace, a user namespace and a few
     mounts, all gone when it returns, and a small directory below `directory`, removed again. Needs CAP_SYS_ADMIN and
     write access there; what cannot be tried counts as absent, with the kernel's word.
     """
+    answers = dict.fromkeys(("erofs_files", "erofs_devices"), "not tried: there is no image")
     try:
         with closing(empty_mount_namespace()) as empty:
-            answers = _answers_inside(directory, empty, user_namespace(_MAPPING))
+            answers |= _answers_inside(directory, empty, user_namespace(_MAPPING), images)
     except (OSError, FlatmountError) as error:
         refusal = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
         answers = dict.fromkeys((*_TRIED, "erofs_files", "erofs_devices"), f"not tried: {refusal}")
@@ -127,7 +128,7 @@ def probe(directory: str) -> Probes:
     )
 
 
-def _answers_inside(directory: str, empty: Namespace, namespace: Namespace) -> dict[str, str]:
+def _answers_inside(directory: str, empty: Namespace, namespace: Namespace, images: bool) -> dict[str, str]:
     """Try what needs mounts, where nothing can be seen but a clone of a scratch directory of `directory`."""
 
     def attempts(scratch: str, clone: int) -> dict[str, str]:
@@ -148,7 +149,7 @@ def _answers_inside(directory: str, empty: Namespace, namespace: Namespace) -> d
         clone = run_once(MountPlan((OpenTree(_TREE, scratch),), outputs=(_TREE,))).outputs[0]
         try:
             # Nothing of EROFS is attached to be tried, and loop devices are the host's.
-            return apart(lambda: attempts(scratch, clone)) | _erofs(scratch, namespace)
+            return apart(lambda: attempts(scratch, clone)) | (_erofs(scratch, namespace) if images else {})
         finally:
             os.close(clone)
 

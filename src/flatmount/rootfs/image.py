@@ -92,9 +92,13 @@ def _ready_form(store: Store | Catalogue, image: StoredImage, facts: HostFacts) 
     return None
 
 
-def probe_store(store: Store) -> Probes:
-    """What this host can do for this store; once for each command."""
-    return probe(store.data)
+def probe_store(store: Store, *, images: bool = False) -> Probes:
+    """What this host can do for this store; once for each command.
+
+    Whether it mounts EROFS images is tried only where the store has one or one may be made (`images`): trying takes as
+    long as the rest.
+    """
+    return probe(store.data, images=images or store.has_flat_trees(FlatForm.EROFS))
 
 
 def require_root(verb: str) -> None:

@@ -214,6 +214,10 @@ class Store:
         """The form of flat tree that containers of the image get where they can: the one asked for last."""
         return self._trees.preferred(image.chain_id)
 
+    def has_flat_trees(self, form: FlatForm) -> bool:
+        """Whether any image has a flat tree of this form."""
+        return self._trees.any(form)
+
     def prefer_flat(self, image: StoredImage, form: FlatForm) -> None:
         """Let containers of the image get this form, from their next start on."""
         self._trees.prefer(image.chain_id, form)

@@ -43,6 +43,11 @@ class Trees:
             row = db.execute(f"SELECT number FROM {table} WHERE chain_id = ?", (chain_id,)).fetchone()
         return None if row is None else f"{kind}/{row[0]}"
 
+    def any(self, form: FlatForm) -> bool:
+        """Whether there is a flat tree of this form."""
+        with self._database.reading() as db:
+            return db.execute(f"SELECT 1 FROM {_TABLES[form][1]} LIMIT 1").fetchone() is not None
+
     def forget(self, db: sqlite3.Connection, chain_id: str, form: FlatForm) -> str | None:
         """Take a flat tree out of the book; returns it, still on disk."""
         kind, table = _TABLES[form]
