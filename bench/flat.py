@@ -101,6 +101,12 @@ class _Section:
             return
         tree = os.path.join(self._store.data, self._store.ensure_flat(self._image))
         other = f"{self._place}/other.erofs"
+        tried = subprocess.run(["mkfs.erofs", "--quiet", other, tree], capture_output=True, text=True, check=False)
+        if tried.returncode:
+            said = " ".join(tried.stderr.split())
+            print(f"  mkfs.erofs cannot make an image of this tree: {said}")
+            return
+        os.unlink(other)
 
         def mkfs(_: int) -> float:
             os.sync()

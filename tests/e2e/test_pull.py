@@ -41,6 +41,10 @@ def test_pull(line: CommandLine, registry: Running, tmp_path: Path) -> None:
     facts = line.json("image", "pull", name, "--plain-http")
     assert facts["schema"] == "flatmount.image-pull/1"
     assert (facts["name"], facts["layers"], facts["fetched_layers"]) == (name, 6, 6)
+    deadline = time.monotonic() + 60
+    while not line.json("image", "show", name)["flat_tree"]:
+        assert time.monotonic() < deadline, "nobody builds the flat tree"
+        time.sleep(0.1)
     again = line.json("image", "pull", f"{name}@{facts['digest']}", "--plain-http", "--name", "mine")
     assert (again["name"], again["fetched_layers"], again["digest"]) == ("mine", 0, facts["digest"])
     imported = CommandLine(tmp_path / "other", tmp_path / "run").json("image", "import", f"{registry.layout}:v1")
