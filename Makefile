@@ -74,7 +74,7 @@ FUZZ_SECONDS ?= 180
 fuzz: $(READY) ## random bytes as layers for FUZZ_SECONDS (180), from the corpus of the tests on
 	$(RUN)/pip install -q --disable-pip-version-check -e '.[fuzz]'
 	mkdir -p .fuzz/new
-	$(RUN)/python -m fuzz .fuzz/new tests/corpus -artifact_prefix=.fuzz/ -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=4096
+	$(RUN)/python -m fuzz .fuzz/new tests/corpus -artifact_prefix=.fuzz/ -max_total_time=$(FUZZ_SECONDS) -max_len=8192 -rss_limit_mb=4096 -timeout=30
 
 package: $(READY) ## a wheel and a Debian package in dist/, each installed and tried
 	tools/package "$(PYTHON)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 
 from flatmount.errors import FlatmountError
 from flatmount.image.tar import TarReader
@@ -59,7 +60,7 @@ class Arena:
         target = os.open(name, _DIRECTORY, dir_fd=self.data_fd)
         recorded = Recorded()
         try:
-            unpack(TarReader(io.BytesIO(data).read, recorded), target, Below(self.data_fd, ["layers/1"]), _LIMITS)
+            unpack(TarReader(_in_pieces(data), recorded), target, Below(self.data_fd, ["layers/1"]), _LIMITS)
             assert recorded.total == len(data)
             return True
         except FlatmountError:
@@ -80,6 +81,12 @@ class Arena:
                 sorted(os.listdir(f"{self.path}/data/layers/1")),
                 sorted(os.listdir(self.path)),
             )
+
+
+def _in_pieces(data: bytes) -> Callable[[int], bytes]:
+    """Pieces of a size that no block and no content ends with, another one for each length."""
+    stream, piece = io.BytesIO(data), 700 + len(data) % 1000
+    return lambda size: stream.read(min(size, piece))
 
 
 def with_checksums(data: bytes) -> bytes:

@@ -188,6 +188,9 @@ BROKEN = {
     "ends in the content": PLAIN[:900],
     "PAX record without a length": archive((member("a", pax_headers={"k": "v"}), b"")).replace(b"6 k=v\n", b"x k=v\n"),
     "PAX record past its end": archive((member("a", pax_headers={"k": "v"}), b"")).replace(b"6 k=v\n", b"9 k=v\n"),
+    "PAX record without a space behind a good one": archive(
+        (member("a", pax_headers={"k": "v", "z": "w"}), b"")
+    ).replace(b"6 z=w\n", b"66z=w\n"),
     "extended header without its entry": archive((member("a", pax_headers={"k": "v"}), b""))[:1024] + bytes(1024),
     "extended header too large": archive((member("a", pax_headers={"k": "v" * (2 << 20)}), b"")),
     "long name without end": changed(changed(PLAIN[:512], 156, b"L"), 124, b"00000000000\0") * 100,

@@ -309,8 +309,9 @@ class TarReader:
         at = 0
         while at < len(data):
             space = data.find(b" ", at, at + 20)
-            length = self._decimal(data[at:space], "the length of a PAX record") if space > at else 0
-            end = at + length
+            if space <= at:
+                raise self._bad("a malformed PAX record")
+            end = at + self._decimal(data[at:space], "the length of a PAX record")
             if not space + 1 < end <= len(data) or data[end - 1] != 0x0A:
                 raise self._bad("a malformed PAX record")
             key, equals, value = data[space + 1 : end - 1].partition(b"=")
