@@ -16,7 +16,7 @@ _MOST_AT_ONCE = 1000
 def main() -> int:
     """Each section in a process of its own: it moves into a mount namespace of its own."""
     wanted = sys.argv[1:] or list(SECTIONS)
-    unknown = [name for name in wanted if name not in SECTIONS]
+    unknown = [name for name in wanted if name.partition(":")[0] not in SECTIONS]
     if unknown:
         print(f"bench: there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}", file=sys.stderr)
         return 2
@@ -29,7 +29,8 @@ def main() -> int:
     print(flush=True)
     failed = 0
     for name in wanted:
-        code = f"from bench.{name} import run; run()"
+        section, _, part = name.partition(":")  # a section may have parts of its own: starts:layers
+        code = f"from bench.{section} import run; run({repr(part) if part else ''})"
         failed |= subprocess.run([sys.executable, "-c", code], check=False).returncode
     return 1 if failed else 0
 

@@ -8,11 +8,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from bench.images import generated_image
 from bench.measure import Figures, show_ratio
+from flatmount.kernel.namespaces import apart, enter_private_mounts
+from flatmount.observe.tiny_image import write_tiny_image
+from flatmount.rootfs.workplace import workplace
 from flatmount.store import Store
+from flatmount.storm.engine import background_mounts
 
 ROUNDS = 3
 METHOD = (
@@ -20,10 +27,14 @@ METHOD = (
     "containerd without user namespaces, since with them its releases 1.x copy the image for each container"
 )
 OWN, HOST, BARE, CONTAINERD = "flatmount", "runc", "runc-plain", "containerd"
+MANY_MOUNTS = 10000
+SINGLE = 10  # commands in a round
 
 
-def run() -> None:
-    """The whole section."""
+def run(part: str = "") -> None:
+    """The whole section, or one part of it."""
+    if part and part not in PARTS:
+        sys.exit(f"bench: starts has no part {part!r}; there are {', '.join(PARTS)}")
     print(METHOD)
     with tempfile.TemporaryDirectory(prefix="flatmount-bench-", dir="/dev/shm") as ram:
         os.chmod(ram, 0o755)
@@ -31,18 +42,18 @@ def run() -> None:
         with Store.open(f"{ram}/store", create=True) as store:
             for layers, layout in layouts.items():
                 store.import_image(layout, name=f"layers{layers}")
-        _layers(ram)
-        _mounts(ram, layouts[60])
-        _held(ram, layouts[60])
-        _at_once(ram, layouts[60])
+            write_tiny_image(f"{ram}/tiny", 60)
+            store.import_image(f"{ram}/tiny", name="tiny")
+        for name in [part] if part else PARTS:
+            PARTS[name](ram, layouts[60])
     print()
 
 
-def _layers(ram: str) -> None:
+def _layers(ram: str, _: str) -> None:
     names = (OWN, HOST)
     options = ("--containers", "15", "--concurrency", "1", "--no-probe", "--engine", ",".join(names))
     seen: dict[tuple[str, int], list[float]] = {}
-    for _ in range(ROUNDS):
+    for _round in range(ROUNDS):
         for layers in (5, 500):
             for wave in _storm(ram, f"layers{layers}", *options):
                 seen.setdefault((wave["engine"], layers), []).append(wave["latency_ms"]["p50"])
@@ -52,28 +63,42 @@ def _layers(ram: str) -> None:
 
 def _mounts(ram: str, layout: str) -> None:
     names = (OWN, HOST, CONTAINERD)
-    options = (
-        "--containers",
-        "15",
-        "--concurrency",
-        "1",
-        "--no-probe",
-        "--engine",
-        ",".join(names),
-        "--layout",
-        layout,
-    )
+    options = ("--containers", "15", "--concurrency", "1", "--no-probe", "--engine", ",".join(names))
     seen: dict[tuple[str, int], list[float]] = {}
     for _ in range(ROUNDS):
-        for mounts in (0, 10000):
-            for wave in _storm(ram, "layers60", *options, "--background", str(mounts)):
+        for mounts in (0, MANY_MOUNTS):
+            for wave in _storm(ram, "layers60", *options, "--layout", layout, "--background", str(mounts)):
                 seen.setdefault((wave["engine"], mounts), []).append(wave["latency_ms"]["p50"])
     for name in names:
         if (name, 0) in seen:
-            target = "1.1" if name == OWN else ""
-            _compare(
-                f"{name}: 10,000 mounts in the host's table against none", seen[name, 10000], seen[name, 0], target
-            )
+            said = f"{name}: {MANY_MOUNTS:,} mounts in the host's table against none"
+            _compare(said, seen[name, MANY_MOUNTS], seen[name, 0], "1.1" if name == OWN else "")
+
+
+def _single(ram: str, _: str) -> None:
+    """Whole commands, from the shell's view: each makes its own template."""
+    environment = {**os.environ, "FLATMOUNT_RUN": f"{ram}/run", "FLATMOUNT_POOL": "1048576:67108864"}
+    for attach in ("private", "host"):
+        call = [sys.executable, "-P", "-m", "flatmount", "run", "--rm", "--attach", attach, "--root", f"{ram}/store"]
+        seen: dict[int, list[float]] = {0: [], MANY_MOUNTS: []}
+
+        def measure(mounts: int, command: tuple[str, ...], into: list[float]) -> None:
+            enter_private_mounts()
+            with workplace(f"{ram}/run", "bench") as place:
+                background_mounts(place, mounts)
+                took = []
+                for _ in range(SINGLE):
+                    begun = time.perf_counter()
+                    subprocess.run(command, check=True, env=environment)
+                    took.append((time.perf_counter() - begun) * 1000)
+            into.append(statistics.median(took))
+
+        subprocess.run([*call, "tiny"], check=True, env=environment)  # makes the flat tree
+        for _round in range(ROUNDS):
+            for mounts, into in seen.items():
+                apart(partial(measure, mounts, (*call, "tiny"), into))
+        said = f"flatmount run --attach {attach}: {MANY_MOUNTS:,} mounts against none"
+        _compare(said, seen[MANY_MOUNTS], seen[0], "1.1" if attach == "private" else "")
 
 
 def _held(ram: str, layout: str) -> None:
@@ -126,9 +151,19 @@ def _storm(ram: str, image: str, *options: str) -> list[dict[str, Any]]:
 
 
 def _compare(what: str, above: list[float], below: list[float], target: str) -> None:
-    said = f"{what} ({statistics.median(below):.0f} ms)"
-    show_ratio(said, _ratio(above, below), target=f"at most {target}" if target else "")
+    show_ratio(what, _ratio(above, below), target=f"at most {target}" if target else "")
+    for values in (above, below):
+        print(f"      {Figures(tuple(values))} ms")
 
 
 def _ratio(above: list[float], below: list[float]) -> Figures:
     return Figures(tuple(a / b for a, b in zip(above, below, strict=True)))
+
+
+PARTS: dict[str, Callable[[str, str], None]] = {
+    "layers": _layers,
+    "mounts": _mounts,
+    "single": _single,
+    "held": _held,
+    "once": _at_once,
+}
