@@ -133,7 +133,7 @@ def fill_bundle(bundle: str, document: dict[str, Any], *, mapping: Mapping, netw
             os.fchmod(file.fileno(), 0o644)
             os.fchown(file.fileno(), *owner)
     with _new_file(f"{bundle}/{CONFIG}") as file:
-        json.dump(document, file)
+        file.write(json.dumps(document))  # dump() itself would take the encoder in Python
 
 
 def _new_file(path: str) -> TextIO:
