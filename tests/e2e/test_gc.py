@@ -60,7 +60,7 @@ def test_what_a_mount_holds_stays(own: CommandLine, target: Path) -> None:
     for _ in range(2):
         assert own.json("gc", "--yes", "--uppers") | {"schema": ""} == {
             "schema": "", "done": True, "layers": 0, "entries": 0, "size_bytes": 0, "images": [], "uppers": [],
-            "broken_pulls": [],
+            "broken_pulls": [], "stuck": [],
         }  # fmt: skip
     # Without its record, as after the run directory was lost, the mount itself still protects its upper.
     shutil.move(own.run_directory / "mounts/held.json", own.run_directory / "held.json")
@@ -105,6 +105,71 @@ def test_nothing_is_deleted_through_a_mount(own: CommandLine, tmp_path: Path) ->
             subprocess.run(["umount", point], check=True)
     own("fsck")
     assert (precious / "sentinel").read_text() == "here"
+
+
+def test_a_mount_in_what_is_collected_stops_nothing_else(own: CommandLine, tmp_path: Path) -> None:
+    """The unnamed image's own layer has a mount in it; what is behind that stays, the rest goes, and both are told."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "sentinel").write_text("here")
+    own("image", "import", image(tmp_path / "three", "x", "y"), "--name", "gone", "--flatten", "now")
+    trees = [own.root / "v1/data" / each["path"] for each in own.json("image", "show", "gone")["layer_list"]]
+    own("image", "import", str(tmp_path / "one"), "--name", "gone", "--flatten", "first-use")
+    (trees[0] / "point").mkdir()
+    subprocess.run(["mount", "--bind", precious, trees[0] / "point"], check=True)
+    try:
+        said = own("gc", "--yes", expect=1)
+        assert said.count("\n") == 1
+        assert "unmount what is mounted in it" in said
+        assert not trees[0].exists()
+        assert not trees[1].exists()
+        assert (precious / "sentinel").read_text() == "here"
+    finally:
+        mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        for point in (point for point in mounted if point.startswith(str(own.root))):
+            subprocess.run(["umount", point], check=True)
+    own("fsck")
+    assert os.listdir(own.root / "v1/data/trash") == []
+    assert (precious / "sentinel").read_text() == "here"
+
+
+def test_no_link_of_the_stores_own_places_is_followed(own: CommandLine, tmp_path: Path) -> None:
+    """Each of its directories swapped for a link to something that has the names which are to go."""
+    outside = tmp_path / "outside"
+    blob = f"sha256-{'1' * 64}"
+    for name in ("layers", "flat", "entries", "trash", "partial"):
+        place = own.root / "v1" / (name if name in ("entries", "partial") else f"data/{name}")
+        shutil.rmtree(outside, ignore_errors=True)
+        outside.mkdir()
+        for each in os.listdir(place):
+            (outside / each).mkdir()
+            (outside / each / "sentinel").write_text("here")
+        (outside / "900").mkdir()
+        (outside / blob).write_text("here")
+        place.rename(tmp_path / "kept")
+        place.symlink_to(outside)
+        before = sorted(path.name for path in outside.rglob("*"))
+        try:
+            own.start("gc", "--yes", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).wait(60)
+            assert sorted(path.name for path in outside.rglob("*")) == before, name
+        finally:
+            place.unlink()
+            (tmp_path / "kept").rename(place)
+    own("gc", "--yes")
+    own("fsck")
+
+
+def test_a_collection_beside_imports_takes_nothing_of_theirs(own: CommandLine, tmp_path: Path) -> None:
+    layouts = [image(tmp_path / f"more{count}", f"m{count}", "a") for count in range(3)]
+    running = [
+        own.start("image", "import", path, "--name", f"more{count}", "--flatten", "now", stdout=subprocess.DEVNULL)
+        for count, path in enumerate(layouts)
+    ]
+    while any(process.poll() is None for process in running):
+        own("gc", "--yes")
+    assert [process.returncode for process in running] == [0, 0, 0]
+    assert {found["name"] for found in own.json("image", "list")["images"]} == {"app", "more0", "more1", "more2"}
+    own("fsck")
 
 
 def test_a_flat_tree_is_built_when_it_is_asked_for(own: CommandLine, tmp_path: Path) -> None:

@@ -83,6 +83,11 @@ def test_a_directory_that_becomes_a_link_on_the_way(store: Store, tmp_path: Path
     assert os.readlink(os.path.join(tree(store, image), "d")) == str(outside)
 
 
+def test_an_absolute_link_begins_at_the_images_root(store: Store, tmp_path: Path) -> None:
+    image = imported(store, tmp_path, [symlink("d/e/l", "/f"), file("d/e/l/one")], [file("d/e/l/two")])
+    assert listing(tree(store, image)) == ["d", "d/e", "d/e/l", "f", "f/one", "f/two"]
+
+
 def test_a_chain_of_links_that_no_realpath_follows(store: Store, tmp_path: Path, outside: Path) -> None:
     """Each link doubles the way; resolved as text the end is cut off, and the last step leads out (CVE-2025-4517)."""
     deep = "d" * 200
@@ -124,6 +129,12 @@ def test_the_victim_of_a_link_into_a_lower_layer_keeps_its_mode(store: Store, tm
     image = imported(store, tmp_path, lower, [Node("open", tarfile.LNKTYPE, target="secret", mode=0o4777, uid=7)])
     found = facts(tree(store, image))["secret"]
     assert (found["mode"], found["owner"]) == (oct(stat.S_IFREG | 0o600), (0, 0))
+
+
+def test_an_opaque_marker_before_its_directory_counts(store: Store, tmp_path: Path) -> None:
+    upper = [directory("d"), file("d/.wh..wh..opq"), directory("d", 0o700), file("d/new")]
+    image = imported(store, tmp_path, [file("d/old"), file("keep")], upper)
+    assert listing(tree(store, image)) == ["d", "d/new", "keep"]
 
 
 # What the kernel or the host would take for more than content.

@@ -77,3 +77,12 @@ def test_no_place_is_nothing_kept(tmp_path: Path) -> None:
     assert partials(str(tmp_path / "none")) == ()
     with pytest.raises(FileNotFoundError):
         open_partial(str(tmp_path / "none"), ONE, 1)
+
+
+def test_a_link_in_the_places_place_is_not_followed(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    kept(outside, ONE, b"1")
+    (tmp_path / "partial").symlink_to(outside)
+    assert partials(str(tmp_path / "partial")) == collect_partials(str(tmp_path / "partial")) == ()
+    assert len(os.listdir(outside)) == 1

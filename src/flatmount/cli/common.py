@@ -8,9 +8,9 @@ import os
 import sys
 from typing import Any
 
-from flatmount.errors import UsageError
+from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
 from flatmount.plan.mapping import Mapping
-from flatmount.store import Catalogue, Store
+from flatmount.store import Catalogue, Removed, Store
 
 DEFAULT_ROOT = "/var/lib/flatmount"
 DEFAULT_RUN = "/run/flatmount"
@@ -82,6 +82,13 @@ def print_json(verb: str, facts: dict[str, Any], *, version: int = 1) -> None:
     """Print `facts` on stdout as one object of the schema `flatmount.<verb>/<version>`."""
     json.dump({"schema": f"flatmount.{verb}/{version}", **facts}, sys.stdout, indent=2)
     sys.stdout.write("\n")
+
+
+def tell_stuck(removed: Removed) -> int:
+    """Say what of a removal could not be deleted, a line for each; returns the exit code."""
+    for told in removed.stuck:
+        print(f"flatmount: {told}", file=sys.stderr)
+    return EXIT_FAILED if removed.stuck else EXIT_FINE
 
 
 def whole(text: str, what: str, *, least: int, most: int) -> int:

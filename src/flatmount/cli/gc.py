@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from flatmount.cli.common import open_store, print_json, run_directory, size, store_options
+from flatmount.cli.common import open_store, print_json, run_directory, size, store_options, tell_stuck
 from flatmount.cli.containers import recovered
 from flatmount.errors import EXIT_FINE
 from flatmount.image.partial import Partial
@@ -14,7 +14,7 @@ from flatmount.rootfs.collecting import IdleUpper, Why, idle_uppers, remove_uppe
 from flatmount.rootfs.mounting import recover
 from flatmount.rootfs.records import Records
 from flatmount.runtime.records import Containers
-from flatmount.store import Store, StoredImage
+from flatmount.store import Removed, Store, StoredImage
 
 _EXAMPLES = """examples:
   flatmount gc              what would be freed
@@ -51,8 +51,9 @@ def _run(args: argparse.Namespace) -> int:
         images = store.unused_images()
         found = idle_uppers(store, records, _containers)
         uppers = [upper for upper in found if upper.why is not Why.KEPT or args.uppers]
+        removed = store.collect() if args.yes else None
         broken = store.broken_pulls(collect=args.yes)
-        facts = _act(store, records, uppers) if args.yes else _plan(store, images, uppers)
+        facts = _plan(store, images, uppers) if removed is None else _act(store, records, uppers, removed)
     facts["size_bytes"] += sum(partial.size_bytes for partial in broken)
     facts |= {
         "broken_pulls": [{"digest": partial.digest, "size_bytes": partial.size_bytes} for partial in broken],
@@ -63,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
         print_json("gc", facts)
     else:
         _tell(args.yes, images, uppers, broken, facts)
-    return EXIT_FINE
+    return EXIT_FINE if removed is None else tell_stuck(removed)
 
 
 def _plan(store: Store, images: tuple[StoredImage, ...], uppers: list[IdleUpper]) -> dict[str, Any]:
@@ -72,6 +73,7 @@ def _plan(store: Store, images: tuple[StoredImage, ...], uppers: list[IdleUpper]
     layers = {layer.path: layer for image in images for layer in image.layers if layer.path not in kept}
     return {
         "done": False,
+        "stuck": [],
         "layers": len(layers),
         "entries": sum(layer.entries for layer in layers.values()) + sum(upper.entries for upper in uppers),
         "size_bytes": sum(layer.size_bytes for layer in layers.values()) + sum(upper.size_bytes for upper in uppers),
@@ -82,14 +84,14 @@ def _containers() -> tuple[str, ...]:
     return tuple(container.id for container in Containers(run_directory()).all())
 
 
-def _act(store: Store, records: Records, uppers: list[IdleUpper]) -> dict[str, Any]:
-    removed = store.collect()
+def _act(store: Store, records: Records, uppers: list[IdleUpper], removed: Removed) -> dict[str, Any]:
     entries, size_bytes = remove_uppers(store, records, uppers, _containers)
     return {
         "done": True,
         "layers": removed.layers,
         "entries": removed.entries + entries,
         "size_bytes": removed.size_bytes + size_bytes,
+        "stuck": list(removed.stuck),
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flatmount.cli import flatten, image_demo, image_pull
-from flatmount.cli.common import look_at_store, open_store, print_json, size, store_options
+from flatmount.cli.common import look_at_store, open_store, print_json, size, store_options, tell_stuck
 from flatmount.cli.flatten import flatten_when, usable_form, when_option
 from flatmount.cli.store import add_export
 from flatmount.errors import EXIT_FINE
@@ -232,13 +232,14 @@ def _remove(args: argparse.Namespace) -> int:
                 "layers": gone.layers,
                 "entries": gone.entries,
                 "size_bytes": gone.size_bytes,
+                "stuck": list(gone.stuck),
             },
         )
     elif gone.images:
         print(f"removed {args.image}: {gone.layers} layers, {gone.entries} entries, {size(gone.size_bytes)} freed")
     else:
         print(f"removed the name {args.image}; its image has others")
-    return EXIT_FINE
+    return tell_stuck(gone)
 
 
 class _Line:

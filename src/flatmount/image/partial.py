@@ -9,12 +9,13 @@ has come; a beginning that a power cut spoiled is found by that, dropped, and fe
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -70,15 +71,7 @@ def drop_partial(directory: str, digest: str) -> None:
 
 def partials(directory: str) -> tuple[Partial, ...]:
     """What earlier attempts left in `directory` and nobody writes now, by digest; the place itself may be missing."""
-    found = []
-    for name in sorted(_names(directory)):
-        match = _NAME.fullmatch(name)
-        if match is None:
-            continue
-        with _idle(directory, name) as status:
-            if status is not None:
-                found.append(Partial(f"{match[1]}:{match[2]}", status.st_size, status.st_mtime))
-    return tuple(found)
+    return _each(directory, lambda place, name, status: True)
 
 
 def collect_partials(directory: str, *, older_than_s: float = 0.0) -> tuple[Partial, ...]:
@@ -86,35 +79,70 @@ def collect_partials(directory: str, *, older_than_s: float = 0.0) -> tuple[Part
 
     Raises: OSError.
     """
-    gone = []
-    for partial in partials(directory):
-        if older_than_s and time.time() - partial.mtime_s <= older_than_s:
-            continue
-        name = partial.digest.replace(":", "-")
-        with _idle(directory, name) as status:
-            if status is not None:
-                os.unlink(os.path.join(directory, name))
-                gone.append(partial)
-    return tuple(gone)
+
+    def collect(place: int, name: str, status: os.stat_result) -> bool:
+        if older_than_s and time.time() - status.st_mtime <= older_than_s:
+            return False
+        os.unlink(name, dir_fd=place)
+        return True
+
+    return _each(directory, collect)
 
 
 def strangers(directory: str) -> list[str]:
     """Names in `directory` that are none of a blob's."""
-    return [name for name in _names(directory) if _NAME.fullmatch(name) is None]
+    with _opened(directory) as place:
+        return [] if place is None else [name for name in os.listdir(place) if _NAME.fullmatch(name) is None]
 
 
-def _names(directory: str) -> list[str]:
-    try:
-        return os.listdir(directory)
-    except FileNotFoundError:
-        return []
+def _each(directory: str, wanted: Callable[[int, str, os.stat_result], bool]) -> tuple[Partial, ...]:
+    """Those that nobody writes and that are `wanted`, which is asked while the file is locked."""
+    found = []
+    with _opened(directory) as place:
+        for name in [] if place is None else sorted(os.listdir(place)):
+            match = _NAME.fullmatch(name)
+            if match is None or place is None:
+                continue
+            with _idle(place, name) as status:
+                if status is not None and wanted(place, name, status):
+                    found.append(Partial(f"{match[1]}:{match[2]}", status.st_size, status.st_mtime))
+    return tuple(found)
 
 
 @contextlib.contextmanager
-def _idle(directory: str, name: str) -> Iterator[os.stat_result | None]:
+def _opened(directory: str) -> Iterator[int | None]:
+    """The directory itself; None where there is none, or a link or a mount in its place, which is nobody's."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        yield None
+        return
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        yield None
+        return
+    try:
+        above = os.open("..", os.O_PATH | os.O_CLOEXEC, dir_fd=fd)
+        try:
+            yield fd if _mount(fd) == _mount(above) else None
+        finally:
+            os.close(above)
+    finally:
+        os.close(fd)
+
+
+def _mount(fd: int) -> str:
+    """The mount that a descriptor is on: file systems alone do not tell a bind mount. See proc_pid_fdinfo(5)."""
+    with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as told:
+        return next(line for line in told if line.startswith("mnt_id:"))
+
+
+@contextlib.contextmanager
+def _idle(place: int, name: str) -> Iterator[os.stat_result | None]:
     """The file's status while it is locked; None where somebody writes it, it is gone, or it is no plain file."""
     try:
-        fd = os.open(os.path.join(directory, name), _FLAGS)
+        fd = os.open(name, _FLAGS, dir_fd=place)
     except OSError:
         yield None
         return

@@ -153,17 +153,15 @@ class Disk:
 
         Nothing there is no error.
         """
-        out_of_sight = path.replace("/", "-")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(path, f"trash/{out_of_sight}", src_dir_fd=self.data_fd, dst_dir_fd=self.data_fd)
-        try:
-            trash = os.open("trash", _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.data_fd)
+        kind, _, name = path.partition("/")
+        out_of_sight = f"{kind}-{name}"
+        with self._opened(self.data_fd, "trash") as trash:
+            with contextlib.suppress(FileNotFoundError), self._opened(self.data_fd, kind) as place:
+                os.rename(name, out_of_sight, src_dir_fd=place, dst_dir_fd=trash)
             try:
                 return remove_tree(trash, out_of_sight)
-            finally:
-                os.close(trash)
-        except FileNotFoundError:
-            return RemovedTree(0, 0)
+            except FileNotFoundError:
+                return RemovedTree(0, 0)
 
     def create_entries(self, number: int) -> int:
         """A descriptor for the manifest of a layer's entries, which the caller writes and closes."""
@@ -179,8 +177,7 @@ class Disk:
 
     def drop_archive(self, number: int) -> None:
         """Remove the records of a layer's archive."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"entries/{number}.tar", dir_fd=self.base_fd)
+        self._drop(f"{number}.tar")
 
     def _create(self, path: str) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -200,8 +197,11 @@ class Disk:
     def drop_entries(self, number: int) -> None:
         """Remove the manifest of a layer's entries, and the records of its archive."""
         self.drop_archive(number)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"entries/{number}", dir_fd=self.base_fd)
+        self._drop(str(number))
+
+    def _drop(self, name: str) -> None:
+        with self._opened(self.base_fd, "entries") as place, contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=place)
 
     def strays(self, known: dict[str, set[int]]) -> tuple[str, ...]:
         """What the book does not know, relative to v1, the trash first.
@@ -223,8 +223,9 @@ class Disk:
             if path.startswith("data/"):
                 self._sweep_one(path.removeprefix("data/"))
             else:
-                with contextlib.suppress(OSError):
-                    os.unlink(path, dir_fd=self.base_fd)
+                directory, _, name = path.partition("/")
+                with contextlib.suppress(OSError), self._opened(self.base_fd, directory) as place:
+                    os.unlink(name, dir_fd=place)
 
     def _names(self, directory: str) -> list[str]:
         try:
@@ -237,18 +238,21 @@ class Disk:
         # again.
         with contextlib.suppress(OSError):
             if path.startswith("trash/"):
-                fd = os.open("trash", _DIRECTORY | os.O_NOFOLLOW, dir_fd=self.data_fd)
-                try:
-                    remove_tree(fd, path.removeprefix("trash/"))
-                finally:
-                    os.close(fd)
+                with self._opened(self.data_fd, "trash") as trash:
+                    remove_tree(trash, path.removeprefix("trash/"))
             else:
                 self.discard(path)
 
     def _sync_directory(self, parent_fd: int, name: str) -> None:
+        with self._opened(parent_fd, name) as fd:
+            os.fsync(fd)
+
+    @contextlib.contextmanager
+    def _opened(self, parent_fd: int, name: str) -> Iterator[int]:
+        """A directory of the store's own, never what a link of its name leads to."""
         fd = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=parent_fd)
         try:
-            os.fsync(fd)
+            yield fd
         finally:
             os.close(fd)
 

@@ -89,13 +89,17 @@ class StoredImage:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """What a removal took away. An image that has another name left, or a layer that others use, stays."""
+    """What a removal took away. An image that has another name left, or a layer that others use, stays.
+
+    `stuck` says of each tree that could not be deleted why; it is out of the book, and the next command tries again.
+    """
 
     names: tuple[str, ...]
     images: tuple[str, ...]
     layers: int
     entries: int
     size_bytes: int
+    stuck: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from flatmount.store.model import FlatForm, Holder, Owners, Removed, RootAttribu
 from flatmount.store.origins import Origins, book_origin, origins
 from flatmount.store.ranges import Ranges
 from flatmount.store.references import check_name, digest_prefix, resolve
+from flatmount.store.removal import take_away
 from flatmount.store.repair import Repair, repair
 from flatmount.store.reserve import Reserve
 from flatmount.store.trees import Trees
@@ -170,22 +171,7 @@ class Store:
     def _take_away(self, names: tuple[str, ...], images: tuple[str, ...], trees: list[str]) -> Removed:
         """What the book no longer knows. A kill from here on leaves it to the next sweep."""
         self._publish()
-        gone = [RemovedTree(0, 0)]
-        try:
-            for tree in trees:
-                gone.append(self._disk.discard(tree))
-                kind, _, number = tree.partition("/")
-                if kind == "layers":
-                    self._disk.drop_entries(int(number))
-        except OSError as error:
-            raise from_os_error(error, "delete what was removed, in the store's trash,") from error
-        return Removed(
-            names=names,
-            images=images,
-            layers=sum(tree.startswith("layers/") for tree in trees),
-            entries=sum(tree.entries for tree in gone),
-            size_bytes=sum(tree.size_bytes for tree in gone),
-        )
+        return take_away(self._disk, names, images, trees)
 
     def _refuse_held(self, db: sqlite3.Connection, digest: str, reference: str) -> None:
         holders = [row[0] for row in db.execute("SELECT holder FROM leases WHERE image = ? ORDER BY holder", (digest,))]
