@@ -202,6 +202,17 @@ def _is_open(fd: str) -> bool:
     return os.path.lexists(f"/proc/self/fd/{fd}")
 
 
+def test_a_layer_that_comes_twice_has_two_trees(store: Store, tmp_path: Path) -> None:
+    """overlayfs refuses one directory as two of its layers, and the store has one of them already."""
+    twice, between = [file("a", "1")], [file("a", "2")]
+    once = imported(store, tmp_path, twice)
+    image = imported(store, tmp_path, twice, between, twice)
+    assert len({layer.path for layer in image.layers}) == 3
+    assert image.layers[0].path == once.layers[0].path
+    assert facts(tree(store, image))["a"]["content"] == facts(tree(store, once))["a"]["content"]
+    assert store.check().findings == ()
+
+
 # Size.
 
 
