@@ -128,6 +128,14 @@ class Disk:
         # ramfs counts nothing.
         return status.f_bavail * status.f_frsize if status.f_blocks else 1 << 62
 
+    def keeping(self) -> str:
+        """The directory for what a pull fetches, made where an older flatmount made the store. Raises: StoreError."""
+        try:
+            _make(self.partial, 0o700)
+        except OSError as error:
+            raise from_os_error(error, "keep what is fetched") from error
+        return self.partial
+
     def roomy(self) -> bool:
         """Whether a tenth of the file system of the store is free: what only saves time may take room then."""
         status = os.fstatvfs(self.data_fd)

@@ -215,7 +215,7 @@ class _Import:
         missing = [position for position, number in enumerate(there) if number is None]
         self._numbers = list(self._database.next_numbers(len(missing))) if missing else []
         self._missing = missing
-        self._image.expect(missing, self._disk.partial)
+        self._image.expect(missing, self._disk.keeping())
         fresh = iter(self._numbers)
         numbers = [next(fresh) if number is None else number for number in there]
         kinds = ["staging" if number is None else "layers" for number in there]

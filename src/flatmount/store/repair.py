@@ -128,7 +128,7 @@ def _unpack_again(
             f"no source has layer {diff_id}", hint="name an image that has it: --source PATH or --from REGISTRY/NAME"
         )
     for at, (source, position) in enumerate(fitting, 1):
-        source.expect([position], disk.partial)
+        source.expect([position], disk.keeping())
         try:
             unpacked = unpack_layer(disk, source, position, number, below)
         except (BadImage, RegistryError):
