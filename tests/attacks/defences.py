@@ -58,9 +58,20 @@ def never(file: str, condition: str) -> tuple[Edit, ...]:
 DEFENCES = (
     # Traversal.
     Defence("'..' in names", never(UNPACK, 'if b".." in parts:'), (f"{HOSTILE}[dotdot]",)),
-    Defence("empty names", never(UNPACK, "if not name:"), (f"{HOSTILE}[empty name]",)),
+    Defence(
+        "empty names",
+        (*never(UNPACK, "if not name:"), *never(UNPACK, "if entry.kind is not Kind.DIRECTORY:")),
+        (f"{HOSTILE}[empty name]",),
+    ),
     Defence("NUL in names", never(UNPACK, 'if b"\\0" in name:'), (f"{HOSTILE}[NUL in a PAX name]",)),
-    Defence("long names", never(UNPACK, "if len(name) > self._limits.path_bytes:"), (f"{HOSTILE}[name too long]",)),
+    Defence(
+        "long names",
+        (
+            *never(UNPACK, "if len(name) > self._limits.path_bytes:"),
+            *never(LAYER_TREE, 'if len(path) > self._path_bytes or path.count(b"/") >= self._depth:'),
+        ),
+        (f"{HOSTILE}[name too long]",),
+    ),
     Defence(
         "deep names",
         never(LAYER_TREE, 'if len(path) > self._path_bytes or path.count(b"/") >= self._depth:'),
