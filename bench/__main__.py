@@ -9,7 +9,7 @@ import sys
 from bench.measure import machine
 from flatmount.storm.limits import allow_descriptors
 
-SECTIONS = ("assemble", "storms", "unpack", "flat", "starts", "ways", "looking")
+SECTIONS = ("assemble", "storms", "unpack", "flat", "starts", "ways", "looking", "snapshotter")
 _MOST_AT_ONCE = 1000
 
 

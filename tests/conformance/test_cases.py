@@ -257,3 +257,50 @@ def test_six_hundred_layers(client: Client, daemon: Daemon, tmp_path: Path) -> N
         assert (root / "top").read_text() == "599"
         assert len(os.listdir(root)) == 601
         assert os.stat(root / "file-0").st_uid == 500000
+
+
+def test_layers_unpacked_side_by_side_get_their_parents_at_the_commit(
+    client: Client, chain: Callable[..., str], tmp_path: Path
+) -> None:
+    """As containerd 2.2 unpacks with the capability `rebase`: into the upper of an overlay, without a mount."""
+    (tmp_path / "unpack").mkdir()
+    refs = [f"sha256:{number:064x}" for number in range(3)]
+    uppers = []
+    for number in (2, 0, 1):  # in any order
+        labels = {"containerd.io/snapshot.ref": refs[number]}
+        (mount,) = client.prepare(f"extract-{number}", **labels)
+        assert mount.type == "overlay", "a bind makes containerd lose whiteouts"
+        # What is answered can be mounted as well, and is empty.
+        with mounted([mount], tmp_path / "root") as root:
+            assert os.listdir(root) == []
+        upper = next(option.removeprefix("upperdir=") for option in mount.options if option.startswith("upperdir="))
+        uppers.append((number, Path(upper)))
+    fs = dict(uppers)
+    base(fs[0])
+    os.mknod(fs[0] / "hides-nothing", 0o600 | stat.S_IFCHR, 0)
+    fs[0].chmod(0o1711)
+    (fs[1] / "dir").mkdir(mode=0o700)
+    os.mknod(fs[1] / "dir/other", 0o600 | stat.S_IFCHR, 0)
+    os.mknod(fs[1] / "run", 0o600 | stat.S_IFCHR, 0)
+    (fs[2] / "dir").mkdir()
+    os.setxattr(fs[2] / "dir", "trusted.overlay.opaque", b"y")
+    (fs[2] / "dir/only").write_text("only\n")
+    client.commit(refs[0], "extract-0", labels={"containerd.io/snapshot.ref": refs[0]})
+    with pytest.raises(Refused) as refused:
+        client.commit(refs[2], "extract-2", refs[1])
+    assert refused.value.code is grpc.StatusCode.NOT_FOUND
+    client.commit(refs[1], "extract-1", refs[0], labels={"containerd.io/snapshot.ref": refs[1]})
+    client.commit(refs[2], "extract-2", refs[1], labels={"containerd.io/snapshot.ref": refs[2]})
+    assert [client.stat(ref).parent for ref in refs] == ["", refs[0], refs[1]]
+    with mounted(client.view("first", refs[0]), tmp_path / "root") as root:
+        assert sorted(os.listdir(root)) == ["dir", "owned", "run"]
+    with mounted(client.prepare("second", refs[1], mapping=RANGE), tmp_path / "root") as root:
+        assert (sorted(os.listdir(root)), sorted(os.listdir(root / "dir"))) == (["dir", "owned"], ["below", "file"])
+    with mounted(client.prepare("third", refs[2]), tmp_path / "root") as root:
+        assert (sorted(os.listdir(root)), os.listdir(root / "dir")) == (["dir", "owned"], ["only"])
+        assert stat.S_IMODE(os.stat(root).st_mode) == 0o1711, "a layer that does not name its root keeps the parent's"
+    # A parent that is there already cannot change.
+    client.prepare("on", refs[0])
+    with pytest.raises(Refused) as refused:
+        client.commit("moved", "on", refs[1])
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT

@@ -82,7 +82,7 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
 [proxy_plugins.flatmount]
   type = "snapshot"
   address = "{socket}"
-  capabilities = ["remap-ids"]
+  capabilities = ["remap-ids", "rebase"]
 """
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import configparser
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,9 +22,11 @@ import grpc
 import pytest
 
 from flatmount.kernel.namespaces import enter_private_mounts
+from flatmount.snapshotter.service import SERVICE
+from flatmount.snapshotter.wire import snapshots_pb2 as wire
 from tests.conftest import SOAK
 from tests.kernel import own_namespace
-from tests.snapshotting import Client, Daemon, Refused, mounted, own_mounts, serving
+from tests.snapshotting import Client, Daemon, Refused, mount_answer, mounted, own_mounts, serving
 
 CYCLES = 5000 if SOAK else 300
 RANGE = "0:500000:65536"
@@ -94,10 +98,21 @@ def test_a_range_that_a_reboot_took_is_attached_again(daemon: Daemon, tmp_path: 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_kills_lose_nothing_and_leave_nothing(daemon: Daemon, tmp_path: Path, seed: int) -> None:
-    """Prepare, mount, unmount, remove, and now and then a commit, while the service is killed every few seconds."""
+    """Prepare, mount, unmount, remove, and now and then a commit, while the service is killed every few seconds.
+
+    A container that was there before runs through all of it.
+    """
     chance = random.Random(seed)
+    begun = time.monotonic()
     with daemon.client() as client:
         top = commit_layers(client, tmp_path)
+        survivor = tmp_path / "survivor"
+        survivor.mkdir()
+        mount_answer(client.prepare("survivor", top, mapping="0:400000:65536"), survivor)
+    (survivor / "count").touch()
+    program = "while :; do cat file-0 > /dev/null && echo alive >> count || exit 1; sleep 0.05; done"
+    running = subprocess.Popen(["sh", "-c", program], cwd=survivor)
+    resident: list[int] = []
     sentinel = tmp_path / "sentinel"
     committed = {"layer-0", "layer-1", "layer-2"}
     stop = threading.Event()
@@ -106,6 +121,7 @@ def test_kills_lose_nothing_and_leave_nothing(daemon: Daemon, tmp_path: Path, se
     def kill() -> None:
         nonlocal kills
         while not stop.wait(0.5 + 1.5 * chance.random()):
+            resident.append(resident_kb(daemon))
             daemon.stop(signal.SIGKILL)
             daemon.start()
             kills += 1
@@ -136,7 +152,18 @@ def test_kills_lose_nothing_and_leave_nothing(daemon: Daemon, tmp_path: Path, se
     finally:
         stop.set()
         killer.join()
+        alive = running.poll() is None
+        running.kill()
+        running.wait()
+        lived = (survivor / "count").read_text().splitlines()
+        with suppress(OSError):
+            own_namespace.umount(str(survivor))
     assert kills >= 2
+    assert alive, "the container ended while the service was killed"
+    assert len(lived) > time.monotonic() - begun, "it stood still"
+    assert len(os.listdir(survivor)) == 0, "its mount is gone"
+    # Each is of another process, a moment before it was killed.
+    assert resident[-1] < resident[0] + 30_000
     with daemon.client() as client:
         assert committed <= client.names("kind==committed")
         for name in sorted(committed - {"layer-0", "layer-1", "layer-2"}):
@@ -153,7 +180,11 @@ def test_kills_lose_nothing_and_leave_nothing(daemon: Daemon, tmp_path: Path, se
     assert os.listdir(daemon.data / "trash") == []
     assert descriptors(daemon) <= open_before + 2
     assert resident_kb(daemon) < before + 30_000
-    print(f"{CYCLES} cycles, {kills} kills, {failures} calls cut, {len(committed)} commits, 0 lost")
+    took = time.monotonic() - begun
+    print(f"{CYCLES} cycles, {kills} kills, {failures} calls cut, {len(committed)} commits, 0 lost, {took:.0f} s")
+    print(
+        f"resident first {resident[0]} kB, last {resident[-1]} kB, most {max(resident)} kB; {len(lived)} signs of life"
+    )
 
 
 def test_many_cycles_leave_descriptors_and_memory_as_they_were(daemon: Daemon, tmp_path: Path) -> None:
@@ -238,11 +269,70 @@ def test_a_disk_that_fills_fails_one_call_and_loses_nothing(tmp_path: Path) -> N
                 assert "free space" in error.details
                 refused += 1
         assert refused
-        filler.unlink()
-        client.prepare("after", top)
-        assert {"layer-0", "layer-1", "layer-2", "after"} <= client.names()
+        # On the full disk what makes it emptier still works: the store's reserve is for that.
+        reserve = disk / "store/v1/reserve"
+        with suppress(OSError), open(disk / "filler2", "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 512)
+        for name in client.names("kind==active"):
+            client.remove(name)
+        client.remove("layer-2")
+        client.cleanup()
+        assert client.names() == {"layer-0", "layer-1"}
+        # It is also how a service starts on a disk that was full when it was killed.
+        with suppress(OSError), open(disk / "filler3", "wb", buffering=0) as file:
+            while True:
+                file.write(b"x" * 512)
+        daemon.stop(signal.SIGKILL)
+        daemon.start()
+        client.remove("layer-1")
+        assert client.names() == {"layer-0"}
+        for path in disk.glob("filler*"):
+            path.unlink()
+        client.prepare("after", "layer-0")
+        deadline = time.monotonic() + 20
+        while not (reserve.is_dir() and len(os.listdir(reserve)) == 4):
+            assert time.monotonic() < deadline, "the reserve is set aside again when there is room"
+            time.sleep(0.5)
+            client.remove("after")
+            client.prepare("after", "layer-0")
         client.clear()
     own_namespace.umount(str(disk))
+
+
+def test_a_client_that_hangs_in_the_middle_of_a_call_holds_nobody_up(daemon: Daemon, tmp_path: Path) -> None:
+    """It sends the head of a request, and stops; another does not read what it is answered."""
+    head = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes.fromhex("000000040000000000")
+    # A HEADERS frame without END_HEADERS or END_STREAM, whose rest never comes.
+    half = bytes.fromhex("000040010000000001") + b"\x83\x86"
+    with daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+    hanging = []
+    try:
+        for sent in (head, head + half, head[:10]):
+            for _ in range(20):
+                one = socket.socket(socket.AF_UNIX)
+                one.connect(str(daemon.socket))
+                one.sendall(sent)
+                hanging.append(one)
+        deaf = daemon.client()
+        blocks = deaf._channel.unary_stream(
+            f"/{SERVICE}/List", wire.ListRequest.SerializeToString, wire.ListResponse.FromString
+        )(wire.ListRequest())
+        begun = time.monotonic()
+        with daemon.client() as client:
+            for number in range(50):
+                client.prepare(f"c-{number}", top)
+                client.remove(f"c-{number}")
+            client.clear()
+        assert time.monotonic() - begun < 20, "a call's own deadline, and nobody waited for the others"
+        assert daemon.stop() < 2
+        blocks.cancel()
+        deaf.__exit__()
+    finally:
+        for one in hanging:
+            one.close()
+    daemon.start()
 
 
 def test_a_store_that_turns_read_only_still_answers_reads(tmp_path: Path) -> None:
@@ -262,7 +352,18 @@ def test_a_store_that_turns_read_only_still_answers_reads(tmp_path: Path) -> Non
             own_namespace.mount("", str(disk), flags=read_only)
             assert client.stat("container").name == "container"
             assert client.mounts("container")
+            with pytest.raises(Refused) as refused:
+                client.prepare("other", top)
+            assert refused.value.code is grpc.StatusCode.UNAVAILABLE
+            assert "read-only" in refused.value.details.lower() or "readonly" in refused.value.details.lower()
+            with pytest.raises(Refused):
+                client.remove("container")
+            assert client.names() == {"layer-0", "layer-1", "layer-2", "container"}
         own_namespace.umount(str(disk))
+        with elsewhere.client() as client:
+            # Nothing was lost, and it can be written again without a restart.
+            assert client.names() == {"layer-0", "layer-1", "layer-2", "container"}
+            client.prepare("other", top)
         elsewhere.stop()
         daemon.start()
     own_namespace.umount(str(disk))
@@ -285,6 +386,26 @@ def test_a_root_that_is_busy_keeps_its_files_and_what_lies_beneath(tmp_path: Pat
         assert own_mounts(daemon) == []
         for number in range(3):
             assert (daemon.data / f"snapshots/{number + 1}/fs/file-{number}").read_text() == "content\n"
+        client.clear()
+
+
+def test_a_container_that_still_stands_keeps_what_lies_beneath(daemon: Daemon, tmp_path: Path) -> None:
+    """Form overlay: its mount is containerd's. Snapshots go while it stands and is busy; no file of a lower goes."""
+    with daemon.client() as client:
+        top = commit_layers(client, tmp_path)
+        with mounted(client.prepare("container", top, mapping=RANGE), tmp_path / "root") as root:
+            (root / "written").write_text("x")
+            with open(root / "file-0") as sentinel:
+                with pytest.raises(OSError, match="busy"):
+                    own_namespace.umount(str(root))
+                client.remove("container")
+                client.cleanup()
+                assert sentinel.read() == "content\n"
+                assert (root / "file-0").read_text() == "content\n"
+        for number in range(3):
+            assert (daemon.data / f"snapshots/{number + 1}/fs/file-{number}").read_text() == "content\n"
+        with mounted(client.view("again", top), tmp_path / "root") as root:
+            assert sorted(os.listdir(root)) == ["file-0", "file-1", "file-2"]
         client.clear()
 
 
@@ -357,6 +478,65 @@ def test_socket_activation_and_readiness(tmp_path: Path) -> None:
                 process.wait()
             assert answered
             assert key in answered[0]
+
+
+UNITS = Path(__file__).parents[2] / "deploy/systemd"
+
+
+def test_the_units_are_what_systemd_takes(tmp_path: Path) -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("machine cannot: there is no systemd-analyze")
+    here = tmp_path / "units"
+    here.mkdir()
+    for unit in UNITS.iterdir():
+        text = unit.read_text().replace("/usr/bin/flatmount", sys.executable)
+        (here / unit.name).write_text(text)
+    done = subprocess.run([program, "verify", *here.iterdir()], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    service = configparser.RawConfigParser(strict=False)
+    service.read(UNITS / "flatmount-snapshotter.service")
+    assert service["Service"]["Type"] == "notify"
+    assert service["Service"]["KillMode"] == "process"
+
+
+def test_systemds_own_activation_and_watchdog(tmp_path: Path) -> None:
+    """systemd-socket-activate starts it at the first call; a watchdog of two seconds is fed, and READY comes first."""
+    program = shutil.which("systemd-socket-activate")
+    if program is None:
+        pytest.skip("machine cannot: there is no systemd-socket-activate")
+    enter_private_mounts()
+    daemon = Daemon(tmp_path / "store", tmp_path / "run")
+    daemon.run.mkdir()
+    notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    notified.bind(str(tmp_path / "notify"))
+    notified.settimeout(30)
+    given = {"FLATMOUNT_RUN": daemon.run, "NOTIFY_SOCKET": tmp_path / "notify", "WATCHDOG_USEC": 2_000_000}
+    command = [program, f"--listen={daemon.socket}", *(f"--setenv={key}={value}" for key, value in given.items())]
+    command += [sys.executable, "-m", "flatmount", "snapshotter", "--root", str(daemon.root)]
+    with notified, open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            deadline = time.monotonic() + 30
+            while not daemon.socket.exists():
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            with daemon.client() as client:
+                client.prepare("first")
+                assert client.names() == {"first"}
+            said = []
+            while said.count("WATCHDOG=1") < 4:
+                said += notified.recv(1000).decode().split("\n")
+                if "READY=1" not in said:
+                    assert set(said) <= {"WATCHDOG=1"}, said
+            assert "READY=1" in said
+            process.terminate()
+            assert process.wait(timeout=10) == 0
+            while "STOPPING=1" not in said:
+                said += notified.recv(1000).decode().split("\n")
+        finally:
+            process.kill()
+            process.wait()
 
 
 def test_a_call_that_takes_too_long_is_told_so_and_goes_on(tmp_path: Path) -> None:

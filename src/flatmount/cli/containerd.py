@@ -66,7 +66,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "kept in the store, where `status` finds it. Exit 1 when something was not right.",
         epilog="example: flatmount containerd prove --engine /opt/containerd-2.1/bin",
     )
-    prove.add_argument("--door", default="ctr,cri", metavar="DOOR,...", help="of ctr and cri (default: %(default)s)")
+    prove.add_argument(
+        "--door", default="ctr,cri", metavar="DOOR,...", help="of ctr, cri and docker (default: %(default)s)"
+    )
     prove.add_argument(
         "--engine", default="", metavar="DIR", help="where containerd, its shim and ctr are, before PATH"
     )

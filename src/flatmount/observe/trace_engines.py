@@ -23,6 +23,7 @@ _OURS = "flatmount"
 _START_S = 20.0
 _COMMAND_S = 300.0
 _POOL = "1048576:16777216"
+_RANGE = "0:1048576:65536"
 
 Tracer = Callable[[int], TraceRun]  # layers -> one container's life
 
@@ -106,6 +107,58 @@ def _containerd(work: str, image: Callable[[int], str]) -> Iterator[Tracer]:
         yield one
     finally:
         _end(process)
+
+
+def _containerd_in_range(form: str) -> Callable[[str, Callable[[int], str]], AbstractContextManager[Tracer]]:
+    """containerd's start of a container in a user range: with our snapshotter in a form, or with "" its overlayfs.
+
+    FLATMOUNT_CONTAINERD names a directory with another containerd than PATH's. The image's flat tree is there when the
+    counting begins, and the range has no other container.
+    """
+
+    @contextmanager
+    def opened(work: str, image: Callable[[int], str]) -> Iterator[Tracer]:
+        from flatmount.snapshotter.engine import running_engine  # its packages come with flatmount[snapshotter]
+
+        snapshotter = "flatmount" if form else "overlayfs"
+        programs = os.environ.get("FLATMOUNT_CONTAINERD", "")
+        with running_engine(work, form=form or "auto", programs=programs) as engine:
+            if not form and engine.version.startswith("1."):
+                raise MissingFeature(
+                    f"containerd {engine.version} copies the image for a user range", hint="2.0 and later map it"
+                )
+
+            def one(layers: int) -> TraceRun:
+                archive = f"{work}/image.tar"
+                _call("tar", "-C", image(layers), "-cf", archive, ".")
+                engine.take_image(archive, NAME, snapshotter=snapshotter)
+                os.unlink(archive)
+                # The next image shares its lower layers, which containerd would collect while it unpacks that one.
+                engine.ctr("images", "tag", NAME, f"localhost/kept-{layers}:latest")
+                run = ["run", "--rm", "--snapshotter", snapshotter]
+                run += ["--uidmap", _RANGE, "--gidmap", _RANGE, "--remap-labels"]
+                engine.ctr(*run, NAME, f"first-{layers}", PROGRAM)  # the first start has the flat tree made
+                if form:
+                    _wait_for_flat(engine.snapshots, layers)
+                command = engine.command(*run, NAME, f"tiny-{layers}", PROGRAM)
+                subject = f"containerd {engine.version}, own range, {form or 'overlayfs'}"
+                also = (engine.process, engine.service)
+                return trace(command, subject=subject, layers=layers, also=also, quiet=True)
+
+            yield one
+
+    return opened
+
+
+def _wait_for_flat(snapshots: str, layers: int) -> None:
+    """Wait until the chain of an image has its flat tree; an image of one layer is flat as it is."""
+    deadline = time.monotonic() + _START_S
+    while layers > 1 and not any(
+        os.path.isdir(f"{snapshots}/{number}/flat") for number in sorted(map(int, os.listdir(snapshots)))[layers - 1 :]
+    ):
+        if time.monotonic() > deadline:
+            raise FlatmountError("the image's flat tree is not made", hint="see the snapshotter's log")
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -210,6 +263,11 @@ def _flatmount_run(attach: str) -> Callable[[str, Callable[[int], str]], Abstrac
 
 _ENGINES = {
     "containerd": Engine("containerd", _containerd),
+    "containerd:range": Engine("containerd:range", _containerd_in_range("")),
+    **{
+        f"containerd:{form}": Engine(f"containerd:{form}", _containerd_in_range(form))
+        for form in ("overlay", "bind", "helper")
+    },
     "podman": Engine("podman", _podman),
     "runc": Engine("runc", _runc),
     _OURS: Engine(_OURS, _flatmount("")),

@@ -74,15 +74,21 @@ def _parents(db: sqlite3.Connection, number: int) -> tuple[int, ...]:
     return tuple(row[0] for row in rows)
 
 
-def create(db: sqlite3.Connection, snapshot: Snapshot) -> Chain:
+def create(db: sqlite3.Connection, snapshot: Snapshot, known: Chain | None = None) -> Chain:
     """Enter an active snapshot or a view. Its times are set here.
+
+    Args:
+        known: its parent as somebody remembers it, which saves reading it; it may be gone meanwhile.
 
     Raises: SnapshotNotFound for its parent; InvalidRequest, when that is not committed; SnapshotExists, also when the
     labels ask for content that is committed on the same parent already.
     """
     info = snapshot.info
     parent: Snapshot | None = None
-    if info.parent:
+    if info.parent and known is not None and _is_there(db, known.snapshot):
+        parent = known.snapshot
+    elif info.parent:
+        known = None
         try:
             parent = find(db, info.parent)
         except SnapshotNotFound:
@@ -101,7 +107,18 @@ def create(db: sqlite3.Connection, snapshot: Snapshot) -> Chain:
         _insert(db, made, None if parent is None else parent.number)
     except sqlite3.IntegrityError:
         raise SnapshotExists(f"snapshot {info.name!r} exists already") from None
-    return Chain(made, () if parent is None else (parent.number, *_parents(db, parent.number)))
+    if parent is None:
+        return Chain(made, ())
+    above = known.parents if known is not None else _parents(db, parent.number)
+    return Chain(made, (parent.number, *above))
+
+
+def _is_there(db: sqlite3.Connection, snapshot: Snapshot) -> bool:
+    # A number is used once and what is committed stays what it is, so this says that all of it still holds.
+    if snapshot.info.kind is not Kind.COMMITTED:
+        return False
+    found = db.execute("SELECT 1 FROM snapshots WHERE number = ? AND name = ?", (snapshot.number, snapshot.info.name))
+    return found.fetchone() is not None
 
 
 def remap_refused(name: str) -> Precondition:

@@ -50,7 +50,8 @@ def inspect(text: str) -> Installed:
 def section(version: int, socket: str, *, cri: bool) -> str:
     """Our part for a configuration of `version` 2 or 3, as it would stand in a file of its own."""
     lines = [f"[proxy_plugins.{NAME}]", '  type = "snapshot"', f'  address = "{socket}"']
-    lines.append('  capabilities = ["remap-ids"]')
+    # "rebase", from containerd 2.2 on: layers are unpacked side by side and get their parents at the commit.
+    lines.append('  capabilities = ["remap-ids", "rebase"]')
     if cri:
         lines += ["", f"[{_dotted(_CRI[version])}]", f'  snapshotter = "{NAME}"', *_for_successors(version)]
     return "\n".join(lines) + "\n"

@@ -27,6 +27,7 @@ from flatmount.snapshotter.service import Service
 from flatmount.snapshotter.snapshots import Snapshots
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
+from flatmount.store.reserve import Reserve
 
 log = logging.getLogger("flatmount.snapshotter")
 
@@ -83,7 +84,8 @@ async def _serve(place: Place, settings: Snapshotter) -> int:
     ensure_run_directory(place.run)
     disk = await asyncio.to_thread(lambda: Disk.open(place.root, create=True))
     try:
-        await asyncio.to_thread(lambda: Database.create(os.path.join(disk.base, "state.db")).close())
+        path, reserve = os.path.join(disk.base, "state.db"), Reserve(disk.base)
+        await asyncio.to_thread(lambda: Database.create(path, reserve=reserve).close())
         facts = (await asyncio.to_thread(probe, disk.data)).facts
         if not facts.idmapped_layers:
             log.warning("this host cannot id-map layers: containers with a user range of their own will be refused")

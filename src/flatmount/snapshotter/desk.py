@@ -1,7 +1,8 @@
 """The book's two threads: one that writes, one that reads.
 
 What many ask for at once is one commit: each piece of work runs in a savepoint of its own, so that one that fails takes
-nothing else along, and all wait for the same write to disk. The event loop never waits for a disk.
+nothing else along, and all wait for the same write to disk. The event loop never waits for a disk. On a full disk the
+store's reserve is given back for what makes the book smaller, and set aside again when there is room.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ import asyncio
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flatmount.errors import FlatmountError, StoreError
 from flatmount.store.database import Database
+from flatmount.store.reserve import Reserve
 
 T = TypeVar("T")
 _MOST_AT_ONCE = 256
+_RESERVE_EVERY_S = 5.0
 
 
 @dataclass(slots=True)
 class _Job:
     work: Callable[[sqlite3.Connection], Any]
     future: asyncio.Future[Any]
+    growing: bool = False
     result: Any = None
     error: BaseException | None = None
 
@@ -33,11 +38,13 @@ class _Job:
 class Desk:
     """Runs work on a store's book. Belongs to the event loop it is made on."""
 
-    def __init__(self, path: str) -> None:
-        """Open the book at `path` twice. Raises: StoreError."""
+    def __init__(self, path: str, reserve: Reserve) -> None:
+        """Open the book at `path` twice, with the store's reserve for a full disk. Raises: StoreError."""
+        self._reserve = reserve
+        self._reserve_next = 0.0
         self._loop = asyncio.get_running_loop()
         self._queues: list[queue.SimpleQueue[_Job | None]] = [queue.SimpleQueue(), queue.SimpleQueue()]
-        databases = [Database(path)]
+        databases = [Database(path, reserve=reserve)]
         try:
             databases.append(Database(path))
         except BaseException:
@@ -46,20 +53,21 @@ class Desk:
         self._threads = [
             threading.Thread(target=self._serve, args=arguments, name=name, daemon=True)
             for name, arguments in (
-                ("book-writer", (databases[0], self._queues[0], databases[0].transaction)),
-                ("book-reader", (databases[1], self._queues[1], databases[1].reading)),
+                ("book-writer", (databases[0], self._queues[0], lambda batch: self._writing(databases[0], batch))),
+                ("book-reader", (databases[1], self._queues[1], lambda batch: databases[1].reading())),
             )
         ]
         for thread in self._threads:
             thread.start()
 
-    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def write(self, work: Callable[[sqlite3.Connection], T], *, growing: bool = False) -> T:
         """Run `work` in the writing thread; what it did is on disk when this returns, or undone when it raises.
 
+        What is `growing` gets nothing of the reserve, unless something that is not happens to share its commit.
         Work is not repeated: it may touch the disk as well, and cleans up what it raises after. Raises: what `work`
         raises; StoreError where the commit failed, whatever `work` said.
         """
-        return await self._ask(0, work)
+        return await self._ask(0, work, growing)
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` on one state of the book. Raises: what `work` raises; StoreError."""
@@ -72,16 +80,22 @@ class Desk:
         for thread in self._threads:
             await asyncio.to_thread(thread.join, 0.5)
 
-    async def _ask(self, which: int, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def _ask(self, which: int, work: Callable[[sqlite3.Connection], T], growing: bool = False) -> T:
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queues[which].put(_Job(work, future))
+        self._queues[which].put(_Job(work, future, growing))
         return await future
+
+    def _writing(self, database: Database, batch: Sequence[_Job]) -> AbstractContextManager[sqlite3.Connection]:
+        if time.monotonic() >= self._reserve_next:
+            self._reserve_next = time.monotonic() + _RESERVE_EVERY_S
+            self._reserve.keep()
+        return database.transaction(growing=all(job.growing for job in batch))
 
     def _serve(
         self,
         database: Database,
         waiting: queue.SimpleQueue[_Job | None],
-        begin: Callable[[], AbstractContextManager[sqlite3.Connection]],
+        begin: Callable[[Sequence[_Job]], AbstractContextManager[sqlite3.Connection]],
     ) -> None:
         while (job := waiting.get()) is not None:
             batch = [job]
@@ -96,7 +110,7 @@ class Desk:
                 else:
                     batch.append(more)
             try:
-                with begin() as db:
+                with begin(batch) as db:
                     for one in batch:
                         _run(db, one)
             except BaseException as error:

@@ -86,6 +86,11 @@ class Engine:
         """Our service's."""
         return f"{self.place}/run/snapshotter.sock"
 
+    @property
+    def snapshots(self) -> str:
+        """The directories of our service's snapshots, one for each number."""
+        return f"{self.place}/store/v1/data/snapshots"
+
     def command(self, *arguments: str) -> list[str]:
         """A call of `ctr`."""
         ctr = shutil.which("ctr", path=self.path)
@@ -147,18 +152,18 @@ def running_engine(place: str, *, form: str = "auto", cri: bool = False, program
         file.write(containerd.install(text, f"{run}/snapshotter.sock", cri=cri))
     service_command = [sys.executable, "-P", "-m", "flatmount", "snapshotter", "--root", store, "--form", form]
     environment = {**os.environ, "PATH": path}
-    service = _started(service_command, f"{place}/service.log", {**environment, "FLATMOUNT_RUN": run})
+    service = start_program(service_command, f"{place}/service.log", {**environment, "FLATMOUNT_RUN": run})
     try:
-        _await(lambda: os.path.exists(f"{run}/snapshotter.sock"), service, f"{place}/service.log")
-        daemon = _started([program, "--config", f"{place}/config.toml"], f"{place}/containerd.log", environment)
+        wait_for(lambda: os.path.exists(f"{run}/snapshotter.sock"), service, f"{place}/service.log")
+        daemon = start_program([program, "--config", f"{place}/config.toml"], f"{place}/containerd.log", environment)
         try:
             engine = Engine(place, version, form, path, daemon.pid, service.pid)
-            _await(lambda: _serves(engine), daemon, f"{place}/containerd.log")
+            wait_for(lambda: _serves(engine), daemon, f"{place}/containerd.log")
             yield engine
         finally:
-            _end(daemon)
+            end_program(daemon)
     finally:
-        _end(service)
+        end_program(service)
 
 
 def engine_version(program: str) -> str:
@@ -201,12 +206,14 @@ def _serves(engine: Engine) -> bool:
     return os.path.exists(engine.socket) and not subprocess.run(asking, capture_output=True, check=False).returncode
 
 
-def _started(command: Sequence[str], log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def start_program(command: Sequence[str], log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start a daemon whose output goes to the file `log`. The process is the caller's to end."""
     with open(log, "wb") as file:
         return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment)
 
 
-def _await(there: Callable[[], bool], process: subprocess.Popen[bytes], log: str) -> None:
+def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes], log: str) -> None:
+    """Wait until a daemon is there. Raises: FlatmountError with its last line, when it ends or takes too long."""
     deadline = time.monotonic() + _START_S
     while not there():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -216,7 +223,8 @@ def _await(there: Callable[[], bool], process: subprocess.Popen[bytes], log: str
         time.sleep(0.02)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end_program(process: subprocess.Popen[bytes]) -> None:
+    """End a daemon, and wait for it."""
     process.terminate()
     try:
         process.wait(_START_S)

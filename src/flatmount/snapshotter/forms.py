@@ -55,6 +55,9 @@ def plain_answer(snapshot: Snapshot, lowers: Sequence[str], *, data: str, tree: 
     """
     active = snapshot.info.kind is Kind.ACTIVE
     writable = "rw" if active else "ro"
+    if snapshot.unpacked and snapshot.mapping is None:
+        # A bind would make containerd apply the layer's whiteouts, to nothing, and lose them for the parent to come.
+        lowers = (snapshot.nothing,)
     if not lowers:
         return Mount("bind", f"{tree}/{snapshot.fs}", (writable, "rbind"))
     if not active and len(lowers) == 1:

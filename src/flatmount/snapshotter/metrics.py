@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter, defaultdict
 
 _BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
@@ -20,8 +21,7 @@ class Metrics:
         """One call has ended."""
         self._calls[call, code] += 1
         self._sums[call] += seconds
-        at = next((i for i, bound in enumerate(_BUCKETS_S) if seconds <= bound), len(_BUCKETS_S))
-        self._buckets[call][at] += 1
+        self._buckets[call][bisect_left(_BUCKETS_S, seconds)] += 1
 
     def text(self, gauges: dict[str, tuple[str, dict[str, float]]]) -> str:
         """The exposition. `gauges` maps a name to its help and its values by labels ("" for none)."""

@@ -64,6 +64,16 @@ class Snapshot:
         return f"snapshots/{self.number}/fs"
 
     @property
+    def unpacked(self) -> bool:
+        """Whether it is a layer that is being unpacked, on a parent that may only be told at the commit."""
+        return self.info.kind is Kind.ACTIVE and not self.info.parent and REF_LABEL in self.info.labels
+
+    @property
+    def nothing(self) -> str:
+        """An empty directory: the lower of a layer whose parent is not known yet."""
+        return f"snapshots/{self.number}/none"
+
+    @property
     def work(self) -> str:
         """overlayfs's work directory beside them."""
         return f"snapshots/{self.number}/work"

@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,15 +23,17 @@ from flatmount.kernel.mounts import read_table
 from flatmount.kernel.tree import remove_tree
 from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter.cri import Pods
+from flatmount.snapshotter.docker import running_docker
 from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, running_engine
 
-DOORS = ("ctr", "cri")
+DOORS = ("ctr", "cri", "docker")
 SCHEMA = "flatmount.containerd.proofs/1"
 _FILE = "proofs.json"
 _MAPPING = Mapping.single(1879048192)
+_DOCKERS = ("docker", _MAPPING)
 _LAYERS = 5
 _PLACE = "/var/tmp"
-_NAMES = {"ctr": "default", "cri": "k8s.io"}
+_NAMES = {"ctr": "default", "cri": "k8s.io", "docker": "moby"}
 _SETTLE_S = 20.0
 
 
@@ -40,6 +42,7 @@ class _NotOffered(Exception):
 
 
 WriteImage = Callable[[str, int], None]
+_Begun = AbstractContextManager[tuple[list[str], list[int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,9 @@ def prove(doors: Sequence[str], write_image: WriteImage, *, form: str = "auto", 
         work = f"{place}/engine"
         os.mkdir(work, 0o711)
         with running_engine(work, form=form, cri="cri" in doors, programs=programs) as engine:
-            made = (_proof(engine, door, mapping, archive) for door in doors for mapping in (None, _MAPPING))
+            # Docker has one range for all of its containers and tells snapshotters of none.
+            asked = [(door, mapping) for door in doors for mapping in (None, _MAPPING) if (door, mapping) != _DOCKERS]
+            made = (_proof(engine, door, mapping, archive) for door, mapping in asked)
             return [proof for proof in made if proof is not None]
 
 
@@ -112,16 +117,13 @@ def _proof(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> 
     problem, mounts, before = "", 0, _mount_points()
     try:
         namespace = _NAMES[door]
-        engine.take_image(archive, PAUSE_IMAGE, namespace=namespace)
+        if door != "docker":
+            engine.take_image(archive, PAUSE_IMAGE, namespace=namespace)
         before = _mount_points()
-        begin = _ctr_container if door == "ctr" else _pod
-        with begin(engine, mapping) as (names, processes):
+        with _begun(engine, door, mapping, archive) as (names, processes):
             mounts = len(_mount_points() - before - _of_sandboxes(engine))
             for name in names:
-                used = json.loads(engine.ctr("-n", namespace, "containers", "info", name))["Snapshotter"]
-                problem = problem or (
-                    "" if used == "flatmount" else f"it took the snapshotter {used!r} instead of ours"
-                )
+                problem = problem or _not_ours(engine, door, name)
             for process in processes:
                 problem = problem or _looked_at(process, mapping)
         problem = problem or _settled(before)
@@ -140,6 +142,22 @@ def _proof(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> 
         kernel=platform.release(),
         proven_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
     )
+
+
+def _begun(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> _Begun:
+    if door == "docker":
+        return _docker_container(engine, archive)
+    return _ctr_container(engine, mapping) if door == "ctr" else _pod(engine, mapping)
+
+
+def _not_ours(engine: Engine, door: str, name: str) -> str:
+    """Whether a container has its root file system from somebody else."""
+    own = ("-n", _NAMES[door])
+    if door == "docker":  # which asks for snapshots itself, and tells containerd of none
+        listed = engine.ctr(*own, "snapshots", "--snapshotter", "flatmount", "ls").split()
+        return "" if name in listed else "it took another snapshotter than ours"
+    used = json.loads(engine.ctr(*own, "containers", "info", name))["Snapshotter"]
+    return "" if used == "flatmount" else f"it took the snapshotter {used!r} instead of ours"
 
 
 @contextmanager
@@ -166,14 +184,29 @@ def _pod(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[list[str], l
             pods.remove(pod)
 
 
+@contextmanager
+def _docker_container(engine: Engine, archive: str) -> Iterator[tuple[list[str], list[int]]]:
+    with running_docker(engine) as docker:
+        said = docker("load", "-i", archive).split()
+        name = docker("run", "--detach", "--network", "none", said[-1]).strip()
+        try:
+            process = int(docker("inspect", "--format", "{{.State.Pid}}", name))
+            yield [name], [process]
+        finally:
+            docker("rm", "--force", name)
+            docker("rmi", "--force", said[-1])
+
+
 def _mount_points() -> set[str]:
     return {entry.mount_point for entry in read_table()}
 
 
 def _of_sandboxes(engine: Engine) -> set[str]:
-    """What CRI mounts for a pod besides root file systems: its shm, and names of its namespaces."""
+    """What CRI and Docker mount besides root file systems: a pod's shm, names of namespaces, Docker's own directory."""
     state = f"{engine.place}/state/io.containerd.grpc.v1.cri/"
-    return {point for point in _mount_points() if point.startswith((state, "/run/netns/", "/var/run/netns/"))}
+    others = (state, "/run/netns/", "/var/run/netns/", f"{engine.place}/docker/exec/")
+    own = f"{engine.place}/docker/data"
+    return {point for point in _mount_points() if point.startswith(others) or point == own}
 
 
 def _looked_at(process: int, mapping: Mapping | None) -> str:

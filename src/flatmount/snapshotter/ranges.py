@@ -92,6 +92,36 @@ class Ranges:
             users.add(number)
         return path
 
+    def acquire_attached(self, number: int, mapping: Mapping) -> str | None:
+        """As `acquire`, but never waits: None where the tree is not attached, or somebody works on it."""
+        name = range_name(mapping)
+        lock = self._lock(name)
+        if not lock.acquire(blocking=False):
+            return None
+        try:
+            users = self._users.get(name)
+            if not users or name not in self._attached:
+                return None
+            users.add(number)
+            return os.path.join(self.place, name)
+        finally:
+            lock.release()
+
+    def release_shared(self, number: int, mapping: Mapping) -> bool:
+        """As `release` where others still use the tree, without waiting. Returns whether that was so."""
+        name = range_name(mapping)
+        lock = self._lock(name)
+        if not lock.acquire(blocking=False):
+            return False
+        try:
+            users = self._users.get(name, set())
+            if len(users) - (number in users) == 0:
+                return False
+            users.discard(number)
+            return True
+        finally:
+            lock.release()
+
     def release(self, number: int, mapping: Mapping) -> None:
         """Snapshot `number` is gone; the tree goes with its last user. Raises: OperationFailed, the tree still there.
 

@@ -51,6 +51,7 @@ from flatmount.snapshotter.ranges import Ranges
 from flatmount.snapshotter.roots import Roots
 from flatmount.snapshotter.trees import Trees
 from flatmount.store.disk import Disk
+from flatmount.store.reserve import Reserve
 
 log = logging.getLogger("flatmount.snapshotter")
 T = TypeVar("T")
@@ -87,6 +88,8 @@ class Snapshots:
         self.roots = Roots(disk.data, run, facts)
         self._plans = os.path.join(run, "plans")
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        # Chains by name, as they are in the book: of what was answered, and of the parents of that.
+        self._known: dict[str, book.Chain] = {}
         self._lock_fd = -1
         self.flattening = Flattening(self._flatten_now, flatten_after_s)
         self._sync: asyncio.Task[None] | None = None
@@ -106,7 +109,7 @@ class Snapshots:
                 f"another snapshotter serves the store at {self._disk.root}", hint="stop it, or name another --root"
             ) from None
         os.makedirs(self._plans, mode=0o700, exist_ok=True)
-        self._desk = Desk(os.path.join(self._disk.base, "state.db"))
+        self._desk = Desk(os.path.join(self._disk.base, "state.db"), Reserve(self._disk.base))
         snapshots = await self._desk.read(lambda db: [book.chain(db, s.info.name) for s in book.everything(db)])
         await self._in_pool(lambda: self._recover(snapshots))
         log.info("recovered", extra={"snapshots": len(snapshots), "ranges": self.ranges.attached})
@@ -155,20 +158,32 @@ class Snapshots:
         form = form_for(info, self.form)
         host_ids = keeps_host_ids(info, mapping, form, idmapped_upper=self._facts.idmapped_upper)
 
+        known = self._known.get(parent)
+
         def enter(db: sqlite3.Connection) -> book.Chain:
             (number,) = db.execute("UPDATE numbers SET last = last + 1 RETURNING last").fetchone()
-            chain = book.create(db, Snapshot(number, info, mapping, form, host_ids, remapped=False))
+            chain = book.create(db, Snapshot(number, info, mapping, form, host_ids, remapped=False), known)
             self._trees.make(chain.snapshot, chain.parents[0] if chain.parents else None)
             return chain
 
         async with self._locked(key):
-            chain = await self._desk.write(enter)
+            chain = await self._desk.write(enter, growing=True)
+            self._known[key] = chain
             if chain.parents:
                 if REF_LABEL in labels:
                     self.flattening.put_off(chain.parents[0])
                 else:
                     self.flattening.begin(chain.parents)
+                if known is None:
+                    self._known[parent] = await self._desk.read(lambda db: book.chain(db, parent))
             return await self._answer(chain)
+
+    def mounts_at_once(self, key: str) -> Mount | None:
+        """What `mounts` would answer, where that takes no waiting for anything: no disk, no lock, no mount."""
+        chain = self._known.get(key)
+        if chain is None or key in self._locks or chain.snapshot.info.kind is Kind.COMMITTED:
+            return None
+        return self._answer_at_once(chain)
 
     async def mounts(self, key: str) -> Mount:
         """What to mount for an active snapshot or a view, as often as it is asked. Raises: Precondition for others."""
@@ -176,6 +191,7 @@ class Snapshots:
             chain = await self._desk.read(lambda db: book.chain(db, key))
             if chain.snapshot.info.kind is Kind.COMMITTED:
                 raise Precondition(f"snapshot {key!r} is neither active nor a view")
+            self._known[key] = chain
             return await self._answer(chain)
 
     async def commit(self, name: str, key: str, parent: str, labels: Labels[str, str]) -> None:
@@ -186,6 +202,9 @@ class Snapshots:
             active = await self._desk.read(lambda db: book.find(db, key))
             if active.info.kind is not Kind.ACTIVE:
                 raise Precondition(f"snapshot {key!r} is not active")
+            if active.unpacked:
+                on = await self._desk.read(lambda db: book.find(db, parent).number if parent else None)
+                await self._in_pool(lambda: self._trees.rebase(active, on))
             number = await self._copied(active) if active.host_ids else None
             place = active.fs if number is None else f"staging/snapshot-{number}/fs"
             usage = await self._in_pool(lambda: self._trees.measure(place))
@@ -197,9 +216,12 @@ class Snapshots:
                     self._trees.publish(number)
                 return made
 
-            made = await self._desk.write(enter)
+            made = await self._desk.write(enter, growing=True)
+            self._known.pop(key, None)
             await self._let_go(active)
             chain = await self._desk.read(lambda db: book.chain(db, made.info.name))
+            if chain.parents:
+                self.flattening.put_off(chain.parents[0])
             self.flattening.soon((made.number, *chain.parents))
 
     async def _copied(self, active: Snapshot) -> int:
@@ -221,6 +243,7 @@ class Snapshots:
         """Forget a snapshot. Its mount goes now, its files in `cleanup`."""
         async with self._locked(key):
             gone = await self._desk.write(lambda db: book.remove(db, key))
+            self._known.pop(key, None)
             self.flattening.forget(gone.number)
         await self._let_go(gone)
 
@@ -275,7 +298,23 @@ class Snapshots:
 
     # Within.
 
+    def _answer_at_once(self, chain: book.Chain) -> Mount | None:
+        snapshot, mapping, tree = chain.snapshot, chain.snapshot.mapping, self._disk.data
+        if snapshot.form is not Form.OVERLAY:
+            return None
+        lowers = lowers_of(chain.parents, self.flattening.flats)
+        if mapping is not None:
+            attached = self.ranges.acquire_attached(snapshot.number, mapping)
+            if attached is None:
+                return None
+            tree = attached
+        if _too_long(tree, lowers):
+            return None
+        return plain_answer(snapshot, lowers, data=self._disk.data, tree=tree)
+
     async def _answer(self, chain: book.Chain) -> Mount:
+        if (ready := self._answer_at_once(chain)) is not None:
+            return ready
         snapshot = chain.snapshot
         data = self._disk.data
         mapping = snapshot.mapping
@@ -283,7 +322,7 @@ class Snapshots:
         if mapping is not None and snapshot.form is Form.OVERLAY:
             tree = await self._in_pool(lambda: self.ranges.acquire(snapshot.number, mapping))
         lowers = lowers_of(chain.parents, self.flattening.flats)
-        if len(lowers) > MOST_LOWERS or sum(len(tree) + len(lower) + 2 for lower in lowers) > MOST_LOWER_BYTES:
+        if _too_long(tree, lowers):
             await self.flattening.now(chain.parents)
             lowers = lowers_of(chain.parents, self.flattening.flats)
         if snapshot.form is Form.BIND:
@@ -308,7 +347,9 @@ class Snapshots:
                 with suppress(FileNotFoundError):
                     os.unlink(os.path.join(self._plans, str(gone.number)))
 
-        if gone.form is Form.OVERLAY and gone.mapping is None:
+        if gone.form is Form.OVERLAY and (
+            gone.mapping is None or self.ranges.release_shared(gone.number, gone.mapping)
+        ):
             return
         try:
             await self._in_pool(release)
@@ -360,6 +401,10 @@ def mapping_of(labels: Labels[str, str]) -> Mapping | None:
     if not uids or not gids:
         raise InvalidRequest(f"a mapping needs both {UID_LABEL} and {GID_LABEL}")
     return Mapping.parse(uids, gids)
+
+
+def _too_long(tree: str, lowers: Sequence[str]) -> bool:
+    return len(lowers) > MOST_LOWERS or sum(len(tree) + len(lower) + 2 for lower in lowers) > MOST_LOWER_BYTES
 
 
 def _uses_range(snapshot: Snapshot) -> bool:

@@ -2,6 +2,7 @@
 
     snapshots/N/fs      the snapshot's own files; overlayfs's upper while it is active
     snapshots/N/work    overlayfs's work directory, of active ones
+    snapshots/N/none    an empty lower, of layers that are unpacked before their parent is known
     snapshots/N/flat    the flat tree of the chain that ends in N: there and durable, or not there
     snapshots/N/flat.new    one that is being made
 
@@ -52,6 +53,8 @@ class Trees:
             os.chmod(fs, mode, dir_fd=self._fd)
             if snapshot.info.kind is Kind.ACTIVE:
                 os.mkdir(snapshot.work, 0o711, dir_fd=self._fd)
+            if snapshot.unpacked:
+                os.mkdir(snapshot.nothing, 0o755, dir_fd=self._fd)
         except OSError as error:
             raise _told(error, f"make the directories of snapshot {snapshot.info.name!r}:") from error
 
@@ -75,6 +78,36 @@ class Trees:
             )
         self.make(snapshot, parent)
         return True
+
+    def rebase(self, snapshot: Snapshot, parent: int | None) -> None:
+        """Make a layer that was unpacked without a parent fit for the one it gets, or for none.
+
+        A root directory that the layer said nothing of takes mode and owner from the parent's; without a parent there
+        is nothing that whiteouts could hide. Raises: StoreError.
+        """
+        try:
+            if parent is None:
+                self._drop_whiteouts(snapshot.fs)
+                return
+            own = os.stat(snapshot.fs, dir_fd=self._fd, follow_symlinks=False)
+            root = os.stat(f"snapshots/{parent}/fs", dir_fd=self._fd, follow_symlinks=False)
+            if (stat.S_IMODE(own.st_mode), own.st_uid, own.st_gid) == (0o755, 0, 0):
+                os.chown(snapshot.fs, root.st_uid, root.st_gid, dir_fd=self._fd, follow_symlinks=False)
+                os.chmod(snapshot.fs, stat.S_IMODE(root.st_mode), dir_fd=self._fd)
+        except OSError as error:
+            raise _told(error, f"rebase snapshot {snapshot.info.name!r}:") from error
+
+    def _drop_whiteouts(self, path: str) -> None:
+        pending = [f"/proc/self/fd/{self._fd}/{path}"]
+        while pending:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    elif not entry.is_file(follow_symlinks=False):
+                        status = entry.stat(follow_symlinks=False)
+                        if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
+                            os.unlink(entry.path)
 
     def _exists(self, path: str) -> bool:
         try:

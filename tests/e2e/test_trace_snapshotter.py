@@ -1,0 +1,26 @@
+"""`flatmount trace`: with our snapshotter containerd's starts cost the same at any number of layers, in each form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FORMS = ("overlay", "bind", "helper")
+
+
+def test_a_start_is_constant_in_layers(tmp_path: Path) -> None:
+    # A process of its own: it moves into a private copy of the mount namespace for good.
+    engines = ",".join(f"containerd:{form}" for form in FORMS)
+    command = [sys.executable, "-m", "flatmount", "trace", "--engine", engines, "--layers", "3,40", "--json"]
+    environment = {**os.environ, "FLATMOUNT_RUN": str(tmp_path / "run")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["absent"] == []
+    assert [(fit["subject"].rpartition(", ")[2], fit["grows"]) for fit in facts["fits"]] == [
+        (form, False) for form in FORMS
+    ]
+    assert all(20 < fit["base"] < 60 for fit in facts["fits"]), "the runtime's own mounts alone are some twenty"
