@@ -216,3 +216,14 @@ def mounted(mounts: Sequence[wire.Mount], target: Path) -> Iterator[Path]:
         yield target
     finally:
         own_namespace.umount(str(target))
+
+
+def commit_layers(client: Client, work: Path, count: int = 3) -> str:
+    """Commit layer-0 to layer-(COUNT-1), one on the other, each with its own file; returns the topmost."""
+    parent = ""
+    for number in range(count):
+        with mounted(client.prepare(f"key-{number}", parent), work / "unpack") as root:
+            (root / f"file-{number}").write_text("content\n")
+        client.commit(f"layer-{number}", f"key-{number}")
+        parent = f"layer-{number}"
+    return parent

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from flatmount.kernel.namespaces import user_namespace
+from flatmount.plan.mapping import Mapping
 from tests.snapshotting import Client, Daemon, mounted
 
 FIRST = 500000
 RANGE = f"0:{FIRST}:65536"
 ACL = "system.posix_acl_access"
-# cap_net_raw=ep for everybody, and for the container's root only: linux/capability.h
-CAPABILITY_2 = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
-CAPABILITY_3 = struct.pack("<IIIIII", 0x03000001, 1 << 13, 0, 0, 0, FIRST)
+# cap_net_raw=ep: linux/capability.h, VFS_CAP_REVISION_2; the kernel makes it the container's root's in a namespace
+CAPABILITY = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
 
 
 def acl(user: int) -> bytes:
@@ -131,6 +132,15 @@ rm link; ln -s keep link
 mkfifo pipe; echo set > suid; chmod 4755 suid
 touch -d @1234567890.123456789 keep/second
 chmod 1777 .
+echo x > user; chown 1000:1001 user
+"""
+# What a shell cannot; values as the container sees them.
+MORE = """
+import os, sys
+os.setxattr("user", "user.note", b"bytes \\xff\\x00 too")
+os.setxattr("user", "system.posix_acl_access", bytes.fromhex(sys.argv[1]))
+os.setxattr("suid", "security.capability", bytes.fromhex(sys.argv[2]))
+open(b"name\\xff", "w").write("not UTF-8")
 """
 
 
@@ -145,17 +155,15 @@ def test_a_layer_gives_what_the_container_sees(
     labels = {} if mapping is None else {"mapping": mapping}
     layer = tmp_path / "layer.tar"
     with mounted(client.prepare("default/3/container", "image", **labels), tmp_path / "root") as root:
-        as_root = ["setpriv", f"--reuid={shift}", f"--regid={shift}", "--clear-groups"] if mapping else []
-        subprocess.run([*as_root, "sh", "-c", CHANGES], cwd=root, check=True)
-        os.mknod(root / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        os.chown(root / "null", shift, shift)
-        (root / "user").write_text("x")
-        os.chown(root / "user", shift + 1000, shift + 1001)
-        (root / "name\udcff").write_text("not UTF-8")
-        os.chown(root / "name\udcff", shift, shift)
-        os.setxattr(root / "user", "user.note", b"bytes \xff\x00 too")
-        os.setxattr(root / "user", ACL, acl(shift + 1000))
-        os.setxattr(root / "suid", "security.capability", CAPABILITY_3 if mapping else CAPABILITY_2)
+        inside = []
+        if mapping is not None:
+            namespace = user_namespace(Mapping.parse(mapping))
+            inside = ["nsenter", f"--user=/proc/{os.getpid()}/fd/{namespace.fileno()}", "--setuid=0", "--setgid=0"]
+        subprocess.run([*inside, "sh", "-c", CHANGES], cwd=root, check=True)
+        values = (acl(1000).hex(), CAPABILITY.hex())
+        subprocess.run([*inside, "/usr/bin/python3", "-c", MORE, *values], cwd=root, check=True)
+        if mapping is None:  # a container in a user namespace can make none
+            os.mknod(root / "null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
         seen = tree(root, shift)
         command = [sys.executable, "-m", "flatmount", "snapshotter", "diff", "container", "--root", str(daemon.root)]
         done = subprocess.run([*command, "--output", str(layer)], capture_output=True, text=True, check=False)

@@ -179,6 +179,36 @@ def test_a_user_namespaced_container_runs_on_an_engine_that_has_none_for_proxies
     containerd.settle()
 
 
+def test_a_mapped_containers_layer_is_right_by_ours_and_not_by_containerds_own_diff(
+    containerd: Containerd, image: str, tmp_path: Path
+) -> None:
+    mapping = f"0:{FIRST}:65536"
+    script = "echo x > /etc/new; rm /etc/passwd; touch /done; sleep 60"
+    containerd.ctr(
+        "run", "-d", "--snapshotter", "flatmount", "--uidmap", mapping, "--gidmap", mapping, "--remap-labels",
+        image, "changed", "sh", "-c", script,
+    )  # fmt: skip
+    try:
+        containerd.ctr(
+            "task", "exec", "--exec-id", "a", "changed", "sh", "-c", "until [ -e /done ]; do sleep 0.1; done"
+        )
+        theirs, ours = io.BytesIO(), tmp_path / "layer.tar"
+        theirs.write(containerd.ctr_bytes("snapshots", "--snapshotter", "flatmount", "diff", "changed"))
+        root = str(containerd.snapshotter.root)
+        assert main(["snapshotter", "diff", "changed", "--root", root, "--output", str(ours)]) == 0
+        theirs.seek(0)
+        with tarfile.open(fileobj=theirs) as tar:
+            assert max(member.uid for member in tar) >= FIRST
+        with tarfile.open(ours) as tar:
+            changes = {member.name.rstrip("/"): (member.uid, member.gid) for member in tar}
+        assert set(changes) == {"etc", "etc/new", "etc/.wh.passwd", "done"}
+        assert set(changes.values()) == {(0, 0)}
+    finally:
+        containerd.ctr("task", "rm", "--force", "changed")
+        containerd.ctr("container", "rm", "changed")
+    containerd.settle()
+
+
 def test_a_container_runs_through_a_kill_of_the_snapshotter(containerd: Containerd, image: str) -> None:
     mapping = f"0:{FIRST + 65536}:65536"
     containerd.ctr(
