@@ -23,10 +23,12 @@ from flatmount.kernel.namespaces import apart
 
 Progress = Callable[[str], None]
 BurstRuns = dict[tuple[Burst, str], list[BurstRun]]
+Job = tuple[Burst, Placement | None]
 
 _MOST_LAYERS = 100
 _ENOUGH = 3
 _CALIBRATION_REPEATS = 3
+_SHARE_BESIDE = 0.15
 # Of the budget, for what comes after the locks, with bursts and without.
 _LEFT_FOR_LATER, _LEFT_FOR_MATRIX = 0.5, 0.2
 
@@ -159,43 +161,62 @@ def cell_of(a: int, b: int, home: int, runs: Sequence[PairRun]) -> Cell:
 
 
 def _bursts(plan: BenchPlan, deadline: float, left_out: list[str], progress: Progress) -> tuple[BurstFigure, ...]:
-    runs: BurstRuns = {}
+    """The model's bursts and, in rounds over all that fit a round, the others: a range then holds what the machine
+    drifted meanwhile. What was too dear for that runs once, and bursts beside other mounts, which can only get more,
+    come last."""
+    order = burst_order(plan.placements)
+    everyone: list[Job] = [*((burst, None) for burst in CALIBRATION), *(job for job in order if not job[0].background)]
+    began = time.monotonic()
+    for_rounds_s = (deadline - began) * (1 - _SHARE_BESIDE)
     with stage(_MOST_LAYERS) as bench:
-        for repeat in range(_CALIBRATION_REPEATS):
-            progress(f"bursts for the model, round {repeat + 1} of {_CALIBRATION_REPEATS}")
-            for burst in CALIBRATION:
-                if repeat == 0 or time.monotonic() < deadline:
-                    run_at(bench, burst, None, runs)
-        skipped = _as_time_allows(bench, burst_order(plan.placements), deadline, runs, progress)
-        if skipped:
-            left_out.append(f"bursts: {skipped} of {len(burst_order(plan.placements))} combinations beyond the model's")
-    return tuple(burst_figure(found, placement) for (_, placement), found in runs.items())
+        runner = _Runner(bench, progress)
+        chosen: list[Job] = []
+        for job in dict.fromkeys(everyone):
+            if job[0] in CALIBRATION or runner.ends(job) < began + for_rounds_s / _CALIBRATION_REPEATS:
+                runner.run(job)
+                chosen.append(job)
+        for _ in range(_CALIBRATION_REPEATS - 1):
+            for job in chosen:
+                if runner.ends(job) < began + for_rounds_s:
+                    runner.run(job)
+        for job in order:
+            if job not in runner.taken and runner.ends(job) < (deadline if job[0].background else began + for_rounds_s):
+                runner.run(job)
+            for _ in range(_CALIBRATION_REPEATS - 1 if job[0].background and job in runner.taken else 0):
+                if runner.ends(job) < deadline:
+                    runner.run(job)
+    skipped = sum(job not in runner.taken for job in order)
+    if skipped:
+        left_out.append(f"bursts: {skipped} of {len(order)} combinations beyond the model's")
+    return tuple(burst_figure(found, placement) for (_, placement), found in runner.runs.items())
 
 
-def _as_time_allows(
-    bench: Stage,
-    order: Sequence[tuple[Burst, Placement | None]],
-    deadline: float,
-    runs: BurstRuns,
-    progress: Progress,
-) -> int:
-    """Each in turn, repeated while it is cheap; returns how many there was no time for. What a burst will take is
-    guessed from the last one of its kind, at twice the containers four times as long."""
-    skipped = 0
-    taken: dict[str, float] = {}
-    for burst, placement in order:
-        left = deadline - time.monotonic()
-        if taken.get(burst.strategy, 0.05) * 4 > left:
-            skipped += 1
-            continue
-        progress(f"burst {burst}")
-        for _ in range(_CALIBRATION_REPEATS):
-            began = time.monotonic()
-            run_at(bench, burst, placement, runs)
-            taken[burst.strategy] = time.monotonic() - began
-            if taken[burst.strategy] * 8 > deadline - time.monotonic():
-                break
-    return skipped
+class _Runner:
+    """Runs bursts and guesses, from the seconds that were `taken`, when one would be over."""
+
+    def __init__(self, bench: Stage, progress: Progress) -> None:
+        self._bench = bench
+        self._progress = progress
+        self.runs: BurstRuns = {}
+        self.taken: dict[Job, float] = {}
+
+    def run(self, job: Job) -> None:
+        self._progress(f"burst {job[0]}")
+        began = time.monotonic()
+        run_at(self._bench, *job, self.runs)
+        self.taken[job] = time.monotonic() - began
+
+    def ends(self, job: Job) -> float:
+        """A burst that was not run yet takes as long as the last of its strategy, and four times as long where it has
+        twice the containers."""
+        known = self.taken.get(job)
+        if known is None:
+            kin = [(of, s) for of, s in self.taken.items() if of[0].strategy == job[0].strategy]
+            size = job[0].containers * job[0].layers
+            known = max(
+                (s * max(1.0, size / (of[0].containers * of[0].layers)) ** 2 for of, s in kin[-1:]), default=0.05
+            )
+        return time.monotonic() + known
 
 
 def run_at(bench: Stage, burst: Burst, placement: Placement | None, runs: BurstRuns) -> None:
