@@ -22,7 +22,7 @@ from flatmount.cli import main
     ],
 )
 def test_a_call_loads_its_own_verb_and_help_loads_all(call: list[str], verbs: tuple[str, ...]) -> None:
-    assert tuple(main._called(call)) == verbs
+    assert tuple(main._needed(call)) == verbs
 
 
 def test_no_other_verbs_module_is_loaded() -> None:

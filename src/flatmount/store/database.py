@@ -15,7 +15,6 @@ from typing import Any, Final
 from flatmount.errors import StoreError
 from flatmount.store.reserve import Reserve
 
-SCHEMA: Final = 4
 _BUSY_S: Final = 60.0
 _FREE_SPACE: Final = "free space or inodes on its file system and try again; nothing was changed"
 
@@ -135,6 +134,7 @@ _MIGRATIONS: Final = (
     );
     """,
 )
+SCHEMA: Final = len(_MIGRATIONS)
 
 
 class Database:
