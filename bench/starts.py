@@ -41,9 +41,9 @@ def run(part: str = "") -> None:
         layouts = {layers: generated_image(f"{ram}/layers{layers}", layers=layers) for layers in (5, 60, 500)}
         with Store.open(f"{ram}/store", create=True) as store:
             for layers, layout in layouts.items():
-                store.import_image(layout, name=f"layers{layers}")
+                store.ensure_flat(store.import_image(layout, name=f"layers{layers}"))
             write_tiny_image(f"{ram}/tiny", 60)
-            store.import_image(f"{ram}/tiny", name="tiny")
+            store.ensure_flat(store.import_image(f"{ram}/tiny", name="tiny"))
         for name in [part] if part else PARTS:
             PARTS[name](ram, layouts[60])
     print()

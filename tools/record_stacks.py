@@ -48,7 +48,7 @@ def _storm(directory: str) -> None:
     with Store.open(root, create=True) as store:
         stored = store.import_image(image, name="tiny")
         facts = probe_store(store).facts
-        choice = choose_for("per-layer", stored, facts)
+        choice = choose_for("per-layer", store, stored, facts)
         os.makedirs(f"{directory}/uppers")
         scratch = f"{directory}/s-"
         spec = specification(store, stored, choice, upper=Upper.ELSEWHERE, make_target=True, scratch=scratch)
