@@ -227,8 +227,9 @@ def attempt(act: Callable[[], object], capsys: pytest.CaptureFixture[str]) -> st
     return None
 
 
-def test_a_full_disk_is_emptied(disk: Disk, layouts: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_is_emptied(disk: Disk, layouts: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Removal and collection need no room of their own."""
+    monkeypatch.setenv("FLATMOUNT_RUN", str(disk.place.parent / "run"))
     imported(disk.root, layouts["large"], "large")
     flattened(disk.root)
     imported(disk.root, layouts["small"], "small")

@@ -160,6 +160,7 @@ class Spool(io.RawIOBase):
         self._written = 0
         self._kept = 0
         self._named = False
+        self._forgotten = False
         self._at = 0
         self._ended = False
         self._error: FlatmountError | None = None
@@ -172,11 +173,15 @@ class Spool(io.RawIOBase):
         file, have = kept or (cast(BinaryIO, unnamed), 0)
         with self._changed:
             self.holds = True
+            self._named = kept is not None
+            self._kept = self._written = have
+            # Nobody may be left to want it: it was forgotten, or closed, while it was made.
+            if self._forgotten or (self.closed and not have):
+                self.forget()
             if self.closed:
                 file.close()
             else:
-                self._file, self._named = file, kept is not None
-                self._kept = self._written = have
+                self._file = file
             self._changed.notify_all()
         return have
 
@@ -186,6 +191,7 @@ class Spool(io.RawIOBase):
 
     def forget(self) -> bool:
         """Give the file's name back; whether its bytes began with those of an earlier attempt."""
+        self._forgotten = True
         if self._named and self._directory is not None:
             drop_partial(self._directory, self.descriptor.digest)
         return self._kept > 0
