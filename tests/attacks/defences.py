@@ -273,7 +273,6 @@ DEFENCES = (
         (*never(SOURCE, "if size != descriptor.size:"), *never(LAYER, "if self._size != said.size:")),
         (f"{DAMAGED}[truncated]",),
     ),
-    Defence("sizes of layers", never(SOURCE, "if size != descriptor.size:"), (f"{DAMAGED}[truncated]",)),
     Defence(
         "digests of layers",
         (
