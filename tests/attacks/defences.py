@@ -496,18 +496,7 @@ DEFENCES = (
                 "                run.undo()\n                raise\n",
             ),
         ),
-        ("kernel/test_full_disk.py::test_a_step_that_finds_no_room[blocks-tmpfs-pull]",),
-    ),
-    Defence(
-        "a flat tree that is not ready goes",
-        (
-            (
-                STORE,
-                'self._disk.discard(f"staging/{number}")\n            self._disk.discard(f"{kind}/{number}")\n',
-                "pass\n",
-            ),
-        ),
-        ("kernel/test_hostile.py::test_no_space_for_a_flat_tree_is_one_line",),
+        ("kernel/test_full_disk.py::test_a_step_that_finds_no_room[tmpfs-blocks-pull]",),
     ),
     Defence(
         "errors of the system are lines",
