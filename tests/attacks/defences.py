@@ -496,7 +496,7 @@ DEFENCES = (
                 "                run.undo()\n                raise\n",
             ),
         ),
-        ("kernel/test_full_disk.py::test_a_step_that_finds_no_room[tmpfs-blocks-pull]",),
+        ("kernel/test_full_disk.py::test_a_step_that_finds_no_room[blocks-tmpfs-pull]",),
     ),
     Defence(
         "errors of the system are lines",
