@@ -11,6 +11,7 @@ import signal
 import socket
 import stat
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -71,7 +72,13 @@ def run(place: Place, settings: Snapshotter) -> int:
     root.addHandler(handler)
     root.setLevel(settings.log_level.upper())
     try:
-        return asyncio.run(_serve(place, settings))
+        code = asyncio.run(_serve(place, settings))
+        if any(thread.name.startswith("work") for thread in threading.enumerate()):
+            # A tree that is deleted or merged this moment may take minutes, and the interpreter would wait for it.
+            # What it leaves is what a kill leaves, and the next start takes that away.
+            handler.flush()
+            os._exit(code)
+        return code
     finally:
         root.removeHandler(handler)
 

@@ -8,6 +8,8 @@ store's reserve is given back for what makes the book smaller, and set aside aga
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import queue
 import sqlite3
 import threading
@@ -40,6 +42,7 @@ class Desk:
 
     def __init__(self, path: str, reserve: Reserve) -> None:
         """Open the book at `path` twice, with the store's reserve for a full disk. Raises: StoreError."""
+        self._path = path
         self._reserve = reserve
         self._reserve_next = 0.0
         self._loop = asyncio.get_running_loop()
@@ -91,6 +94,18 @@ class Desk:
             self._reserve.keep()
         return database.transaction(growing=all(job.growing for job in batch))
 
+    def _as_told(self, error: BaseException) -> FlatmountError:
+        # SQLite says "disk I/O error" of a file system that has turned read-only, and statvfs(2) need not know of it.
+        try:
+            os.close(os.open(os.path.dirname(self._path), os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        except OSError as refusal:
+            if refusal.errno == errno.EROFS:
+                return StoreError(
+                    f"{self._path}: its file system has become read-only; nothing was changed",
+                    hint="see the kernel's log, check the file system, mount it read-write and restart the snapshotter",
+                )
+        return error if isinstance(error, FlatmountError) else StoreError(f"the store's book: {error}")
+
     def _serve(
         self,
         database: Database,
@@ -114,8 +129,9 @@ class Desk:
                     for one in batch:
                         _run(db, one)
             except BaseException as error:
+                told = self._as_told(error)
                 for one in batch:
-                    one.error = one.error or _as_told(error)
+                    one.error = one.error or told
             try:
                 self._loop.call_soon_threadsafe(_deliver, batch)
             except RuntimeError:
@@ -123,10 +139,6 @@ class Desk:
             if last:
                 break
         database.close()
-
-
-def _as_told(error: BaseException) -> FlatmountError:
-    return error if isinstance(error, FlatmountError) else StoreError(f"the store's book: {error}")
 
 
 def _run(db: sqlite3.Connection, job: _Job) -> None:

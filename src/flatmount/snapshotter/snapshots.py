@@ -135,7 +135,11 @@ class Snapshots:
             os.unlink(os.path.join(self._plans, name))
 
     async def close(self) -> None:
-        """Let go of the store. No mount is undone, and running containers notice nothing."""
+        """Let go of the store. No mount is undone, and running containers notice nothing.
+
+        What still works on trees by then is left to the next start; the caller ends the process over it.
+        """
+        self._trees.stopping = True
         self.flattening.close()
         await self._desk.close()
         self._pool.shutdown(wait=False, cancel_futures=True)

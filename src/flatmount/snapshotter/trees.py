@@ -31,6 +31,7 @@ class Trees:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._fd = disk.data_fd
+        self.stopping = False
 
     def make(self, snapshot: Snapshot, parent: int | None) -> None:
         """Make the directories of a fresh snapshot; its root takes mode and owner from the parent's root.
@@ -219,11 +220,16 @@ class Trees:
         return hidden
 
     def empty_trash(self) -> list[str]:
-        """Delete what is out of sight. Returns what could not be: a mount in it, for one, is never gone through."""
+        """Delete what is out of sight. Returns what could not be: a mount in it, for one, is never gone through.
+
+        Ends early when the service is `stopping`; the next cleanup goes on.
+        """
         left = []
         trash = os.open("trash", _DIRECTORY, dir_fd=self._fd)
         try:
             for name in os.listdir(trash):
+                if self.stopping:
+                    break
                 try:
                     remove_tree(trash, name)
                 except FileNotFoundError:
