@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -18,14 +19,15 @@ from dataclasses import dataclass
 import grpc
 
 from flatmount.config import Snapshotter
-from flatmount.errors import FlatmountError, UsageError
+from flatmount.errors import FlatmountError, MissingFeature, UsageError
 from flatmount.kernel.probes import probe
+from flatmount.plan.facts import HostFacts
 from flatmount.rootfs.workplace import ensure_run_directory
 from flatmount.snapshotter.activation import Relay, inherited_socket, notify, watchdog_s
 from flatmount.snapshotter.metrics import Metrics
 from flatmount.snapshotter.model import Form
 from flatmount.snapshotter.service import Service
-from flatmount.snapshotter.snapshots import Snapshots
+from flatmount.snapshotter.snapshots import HELPER, Snapshots
 from flatmount.store.database import Database
 from flatmount.store.disk import Disk
 from flatmount.store.reserve import Reserve
@@ -96,7 +98,7 @@ async def _serve(place: Place, settings: Snapshotter) -> int:
         facts = (await asyncio.to_thread(probe, disk.data)).facts
         if not facts.idmapped_layers:
             log.warning("this host cannot id-map layers: containers with a user range of their own will be refused")
-        form = chosen_form(settings.form)
+        form, reason = chosen_form(settings.form, facts, shutil.which("mount.fuse3", path=_helper_path()))
         snapshots = Snapshots(disk, place.run, facts, form)
         await snapshots.start()
         metrics = Metrics()
@@ -108,7 +110,7 @@ async def _serve(place: Place, settings: Snapshotter) -> int:
             tending = asyncio.create_task(_tend(service, snapshots))
             stack.callback(tending.cancel)
             notify("READY=1\nSTATUS=serving")
-            log.info("serving", extra={"socket": place.socket, "store": place.root, "form": form.value})
+            log.info("serving", extra={"socket": place.socket, "store": place.root, "form": form.value, "why": reason})
             await stopping.wait()
             notify("STOPPING=1")
             log.info("stopping")
@@ -119,17 +121,36 @@ async def _serve(place: Place, settings: Snapshotter) -> int:
     return 0
 
 
-def chosen_form(name: str) -> Form:
-    """The form that a configuration names. `auto` is `overlay`: docs/containerd.md has the figures.
+def chosen_form(name: str, facts: HostFacts, mount_fuse3: str | None) -> tuple[Form, str]:
+    """The form that a configuration names, and why: `auto` takes the cheapest that works here.
 
-    Raises: UsageError.
+    That is `overlay` wherever any form works: docs/containerd.md has the figures, and it needs the least of the kernel
+    (overlayfs over id-mapped layers, 5.19, which the others need as well). Without that no form has user ranges, and
+    `overlay` serves the containers that have none.
+
+    Args:
+        mount_fuse3: where the program is that containerd runs for `helper`; None where it is not.
+
+    Raises: UsageError; MissingFeature for `helper` without what runs it.
     """
     if name == "auto":
-        return Form.OVERLAY
+        if facts.idmapped_layers:
+            return Form.OVERLAY, "layers can be id-mapped here, and it is the cheapest by measurement"
+        return Form.OVERLAY, "layers cannot be id-mapped here: only containers without a user range will start"
     try:
-        return Form(name)
+        form = Form(name)
     except ValueError:
         raise UsageError(f"there is no form {name!r}", hint="one of auto, overlay, bind, helper") from None
+    if form is Form.HELPER and mount_fuse3 is None:
+        raise MissingFeature("mount.fuse3 is not on PATH", hint="install fuse3, or take another form")
+    if form is Form.HELPER and not os.access(HELPER, os.X_OK):
+        raise MissingFeature(f"{HELPER} cannot be executed", hint="install flatmount again, or take another form")
+    return form, "configured"
+
+
+def _helper_path() -> str:
+    # containerd runs it, from a PATH that may have less than ours or more; where mount(8)'s helpers are is known.
+    return os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
 
 
 async def _listen(stack: contextlib.AsyncExitStack, service: Service, path: str) -> None:
