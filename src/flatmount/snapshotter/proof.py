@@ -19,9 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flatmount.errors import FlatmountError, StoreError
+from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import read_table
 from flatmount.kernel.tree import remove_tree
 from flatmount.plan.mapping import Mapping
+from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
 from flatmount.snapshotter.cri import Pods
 from flatmount.snapshotter.docker import running_docker
 from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, running_engine
@@ -102,6 +104,9 @@ def _place() -> Iterator[str]:
     try:
         yield path
     finally:
+        # What is below it is the engine's, which has ended; what stayed behind is told by the proof.
+        for point in sorted((one for one in _mount_points() if one.startswith(f"{path}/")), reverse=True):
+            run_once(MountPlan((Unmount(point, UnmountFlag.DETACH | UnmountFlag.NOFOLLOW),), keep_going=True))
         parent = os.open(_PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             remove_tree(parent, os.path.basename(path))
@@ -126,9 +131,9 @@ def _proof(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> 
                 problem = problem or _not_ours(engine, door, name)
             for process in processes:
                 problem = problem or _looked_at(process, mapping)
-        problem = problem or _settled(before)
+        problem = problem or _settled(engine, before)
     except _NotOffered:
-        _settled(before)
+        _settled(engine, before)
         return None
     except FlatmountError as error:
         problem = error.line()
@@ -233,7 +238,10 @@ def _looked_at(process: int, mapping: Mapping | None) -> str:
     return ""
 
 
-def _settled(before: set[str]) -> str:
+def _settled(engine: Engine, before: set[str]) -> str:
+    # A lease that is given back with --sync makes containerd collect now what removed containers left.
+    engine.ctr("leases", "create", "--id", "proof")
+    engine.ctr("leases", "delete", "--sync", "proof")
     deadline = time.monotonic() + _SETTLE_S
     while left := _mount_points() - before:
         if time.monotonic() > deadline:
