@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from flatmount.errors import FlatmountError, InUse, MissingFeature, StoreError, UsageError
+from flatmount.errors import FlatmountError, InUse, MissingFeature, StoreError, UsageError, from_os_error
 from flatmount.snapshotter.metrics import Metrics
 from flatmount.snapshotter.model import (
     Info,
@@ -197,6 +197,9 @@ class Service:
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise
+        except OSError as error:
+            # A disk that does not do what it is told is not the request's fault, and may do it later.
+            code, told = grpc.StatusCode.UNAVAILABLE, from_os_error(error, name).line()
         except Exception as error:
             log.exception("a call failed", extra={"call": name})
             code, told = grpc.StatusCode.INTERNAL, f"{name}: {error!r}"

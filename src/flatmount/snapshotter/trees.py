@@ -207,8 +207,11 @@ class Trees:
         self._sync_directory("snapshots")
 
     def sync(self) -> None:
-        """Everything written so far is on disk when this returns: syncfs(2)."""
-        sync_filesystem(self._fd)
+        """Everything written so far is on disk when this returns: syncfs(2). Raises: StoreError."""
+        try:
+            sync_filesystem(self._fd)
+        except OSError as error:
+            raise _told(error, f"write {self._disk.data} to disk:") from error
 
     def hide_unknown(self, known: set[int], busy: Callable[[int], bool]) -> int:
         """Move every snapshot that is neither `known` nor `busy` out of sight. Returns how many."""
