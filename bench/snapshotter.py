@@ -8,7 +8,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from flatmount.kernel.executor import run_once
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.observe.tiny_image import NAME, PROGRAM, write_tiny_image
 from flatmount.plan.operations import Mount, MountFlag, MountPlan, Unmount, UnmountFlag
-from flatmount.snapshotter.engine import Engine, running_engine
+from flatmount.snapshotter.engine import Engine, engine_place, running_engine
 from flatmount.snapshotter.wire import snapshots_pb2 as wire
 
 CALLS = (
@@ -37,8 +36,7 @@ FLOOR, OURS, MAPPED, BUILT_IN = "floor", "flatmount", "flatmount, mapped", "cont
 def run() -> None:
     """The whole section."""
     enter_private_mounts()
-    with tempfile.TemporaryDirectory(prefix="flatmount-bench-", dir="/var/tmp") as place:
-        os.chmod(place, 0o711)
+    with engine_place() as place:
         write_tiny_image(f"{place}/image", LAYERS)
         subprocess.run(["tar", "-C", f"{place}/image", "-cf", f"{place}/image.tar", "."], check=True)
         _calls(place)

@@ -10,18 +10,24 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from flatmount.errors import FlatmountError, MissingFeature
+from flatmount.errors import FlatmountError, MissingFeature, StoreError
+from flatmount.kernel.executor import run_once
+from flatmount.kernel.mounts import read_table
+from flatmount.kernel.tree import remove_tree
+from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
 from flatmount.snapshotter import containerd
 
 PAUSE_IMAGE = "localhost/flatmount-pause:latest"
 _VERSION = re.compile(r"\bv?(\d+\.\d+\.\d+)")
 _START_S = 30.0
 _COMMAND_S = 120.0
+_PLACE = "/var/tmp"
 
 _TOP = """version = 2
 root = "{place}/root"
@@ -122,6 +128,34 @@ class Engine:
         """Kill a container and remove it."""
         self.ctr("-n", namespace, "tasks", "rm", "--force", name)
         self.ctr("-n", namespace, "containers", "rm", name)
+
+
+@contextmanager
+def engine_place() -> Iterator[str]:
+    """A fresh directory below /var/tmp that a runtime in a user namespace can walk through; gone afterwards.
+
+    What an engine that has ended left mounted in it is taken off first: nothing is ever deleted through a mount.
+    Raises: StoreError, where it cannot be removed.
+    """
+    path = tempfile.mkdtemp(prefix="flatmount-engine-", dir=_PLACE)
+    os.chmod(path, 0o711)
+    try:
+        yield path
+    finally:
+        # What is below it is of engines that have ended.
+        for point in sorted(
+            (e.mount_point for e in read_table() if e.mount_point.startswith(f"{path}/")), reverse=True
+        ):
+            run_once(MountPlan((Unmount(point, UnmountFlag.DETACH | UnmountFlag.NOFOLLOW),), keep_going=True))
+        parent = os.open(_PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            remove_tree(parent, os.path.basename(path))
+        except OSError as error:
+            raise StoreError(
+                f"{path} cannot be removed: {error}", hint="unmount what is in it and remove it"
+            ) from error
+        finally:
+            os.close(parent)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,14 +18,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flatmount.errors import FlatmountError, StoreError
-from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import read_table
-from flatmount.kernel.tree import remove_tree
 from flatmount.plan.mapping import Mapping
-from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
 from flatmount.snapshotter.cri import Pods
 from flatmount.snapshotter.docker import running_docker
-from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, running_engine
+from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, engine_place, running_engine
 
 DOORS = ("ctr", "cri", "docker")
 SCHEMA = "flatmount.containerd.proofs/1"
@@ -34,7 +30,6 @@ _FILE = "proofs.json"
 _MAPPING = Mapping.single(1879048192)
 _DOCKERS = ("docker", _MAPPING)
 _LAYERS = 5
-_PLACE = "/var/tmp"
 _NAMES = {"ctr": "default", "cri": "k8s.io", "docker": "moby"}
 _SETTLE_S = 20.0
 
@@ -83,7 +78,7 @@ def prove(doors: Sequence[str], write_image: WriteImage, *, form: str = "auto", 
     Raises: MissingFeature; FlatmountError where the engine does not start. What fails behind that is a proof with a
     problem.
     """
-    with _place() as place:
+    with engine_place() as place:
         write_image(f"{place}/image", _LAYERS)
         archive = f"{place}/image.tar"
         subprocess.run(["tar", "-C", f"{place}/image", "-cf", archive, "."], check=True)
@@ -94,28 +89,6 @@ def prove(doors: Sequence[str], write_image: WriteImage, *, form: str = "auto", 
             asked = [(door, mapping) for door in doors for mapping in (None, _MAPPING) if (door, mapping) != _DOCKERS]
             made = (_proof(engine, door, mapping, archive) for door, mapping in asked)
             return [proof for proof in made if proof is not None]
-
-
-@contextmanager
-def _place() -> Iterator[str]:
-    """A directory that a runtime in a user namespace can walk through. It is never deleted through a mount."""
-    path = tempfile.mkdtemp(prefix="flatmount-prove-", dir=_PLACE)
-    os.chmod(path, 0o711)
-    try:
-        yield path
-    finally:
-        # What is below it is the engine's, which has ended; what stayed behind is told by the proof.
-        for point in sorted((one for one in _mount_points() if one.startswith(f"{path}/")), reverse=True):
-            run_once(MountPlan((Unmount(point, UnmountFlag.DETACH | UnmountFlag.NOFOLLOW),), keep_going=True))
-        parent = os.open(_PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            remove_tree(parent, os.path.basename(path))
-        except OSError as error:
-            raise StoreError(
-                f"{path} cannot be removed: {error}", hint="unmount what is in it and remove it"
-            ) from error
-        finally:
-            os.close(parent)
 
 
 def _proof(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> Proof | None:
