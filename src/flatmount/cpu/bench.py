@@ -162,8 +162,8 @@ def cell_of(a: int, b: int, home: int, runs: Sequence[PairRun]) -> Cell:
 
 def _bursts(plan: BenchPlan, deadline: float, left_out: list[str], progress: Progress) -> tuple[BurstFigure, ...]:
     """The model's bursts and, in rounds over all that fit a round, the others: a range then holds what the machine
-    drifted meanwhile. What was too dear for that runs once, and bursts beside other mounts, which can only get more,
-    come last."""
+    drifted meanwhile. What did not fit comes in rounds of its own while there is time, and bursts beside other mounts,
+    which can only get more, one after the other at the end."""
     order = burst_order(plan.placements)
     everyone: list[Job] = [*((burst, None) for burst in CALIBRATION), *(job for job in order if not job[0].background)]
     began = time.monotonic()
@@ -179,10 +179,13 @@ def _bursts(plan: BenchPlan, deadline: float, left_out: list[str], progress: Pro
             for job in chosen:
                 if runner.ends(job) < began + for_rounds_s:
                     runner.run(job)
+        later = [job for job in order if job not in runner.taken and not job[0].background]
+        for _ in range(_CALIBRATION_REPEATS):
+            for job in later:
+                if runner.ends(job) < began + for_rounds_s:
+                    runner.run(job)
         for job in order:
-            if job not in runner.taken and runner.ends(job) < (deadline if job[0].background else began + for_rounds_s):
-                runner.run(job)
-            for _ in range(_CALIBRATION_REPEATS - 1 if job[0].background and job in runner.taken else 0):
+            for _ in range(_CALIBRATION_REPEATS if job[0].background else 0):
                 if runner.ends(job) < deadline:
                     runner.run(job)
     skipped = sum(job not in runner.taken for job in order)
