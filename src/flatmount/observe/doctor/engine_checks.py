@@ -18,8 +18,8 @@ Check = Callable[[Engine, NodeState], Iterator[Finding]]
 
 TABLE_PARSE_MATTERS = 1_000
 _RUNC_OPERATIONS = 43  # of runc itself for one container
-# podman 4.3.1 with runc 1.1.5: `flatmount trace -- podman run --rm --uidmap 0:200000:65536 ...` of 5 layers. Of 30 layers
-# it made one id-mapped mount as well.
+# podman 4.3.1, runc 1.1.5, 5 layers: `flatmount trace -- podman run --rm --uidmap 0:200000:65536 ...`. Of 30 layers it
+# made one id-mapped mount as well.
 _PODMAN_OPERATIONS = 48
 _STORAGE_SINCE: dict[str, Version] = {"podman": (4, 1, 0), "crio": (1, 25, 0)}
 _LAYERS_AT_RISK = 390  # long snapshot paths end there, short ones at 500
