@@ -277,25 +277,19 @@ def _locks(report: StormReport, outcome: Summary) -> str:
             unclassified(one),
             figure(one.grace_period_us_each),
             f"{one.grace_periods / max(one.containers, 1):.1f}",
-            *((f"{share:.1%}" if one.samples else "–") for share in (one.cpu_spinning, one.cpu_under_lock)),
-            f"{one.samples:,}",
+            f"{one.cpu_spinning + one.cpu_under_lock:.1%}" if one.samples else "–",
         ]
         for one in found
     ]
-    heads = ["strategy", "namespace_sem|us each", "mount_lock|us each", "other locks|us each", "unclassified|of locks"]
-    heads += [
-        "grace periods|us each",
-        "grace periods|waits each",
-        "spinning|of samples",
-        "under a lock|of samples",
-        "samples|on CPU",
-    ]
+    heads = ["strategy", "namespace_sem|us each", "mount_lock|us each", "others|us each", "unclassified|of locks"]
+    heads += ["grace periods|us each", "of these|waits each", "on CPU|of samples"]
     left_out = "".join(f"<li>{escape(what)}</li>" for what in dict.fromkeys(w for one in found for w in one.missing))
     return section(
         "Who waits for the mount locks",
         "One more burst of each strategy, recorded and not timed, undoing included: the kernel's contention events, "
         "told apart by the functions of the stack that waited. Grace periods of RCU are no lock and in none of these "
-        "bars: an umount takes one, or two. Shares are of the samples of the storm's own tasks on the processors.",
+        "bars: an umount takes one, or two. On CPU: the share of the tasks' samples that spun on a mount lock or "
+        "worked under one.",
         scroll(chart) + plain_table(heads, rows) + (f"<p>Left out:</p><ul>{left_out}</ul>" if left_out else ""),
     )
 
