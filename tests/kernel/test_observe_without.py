@@ -152,6 +152,7 @@ def test_nothing_runs_bpftrace_and_nothing_needs_the_debug_file_system(
     try:
         with Recorder() as recorder:
             recorder.start()
+            sum(range(5_000_000))
             profile = recorder.stop()
     finally:
         for hidden in ("/sys/kernel/tracing", "/sys/kernel/debug"):
