@@ -237,10 +237,10 @@ class Spool(io.RawIOBase):
                     raise self._error
                 return b""
             there = self._written - self._at
-            fd = self._file.fileno()
-        data = os.pread(fd, there if size < 0 else min(size, there), self._at)
-        self._at += len(data)
-        return data
+            # Under the lock: the file may be closed by somebody else, and its descriptor be another file's at once.
+            data = os.pread(self._file.fileno(), there if size < 0 else min(size, there), self._at)
+            self._at += len(data)
+            return data
 
     def close(self) -> None:
         """Give the file back; what is still to come is not wanted any more."""
