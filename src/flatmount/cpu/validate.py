@@ -160,7 +160,7 @@ def _expected_s(burst: Burst, runs: BurstRuns) -> float:
 def repeatability(runs: Sequence[BurstRun]) -> float | None:
     """How far the medians of every other run and of those between lie apart, as a fraction; None for a single run.
 
-    No model can be expected to be nearer to a median of so many runs than another median of as many.
+    Medians of all runs lie nearer than those of halves; a model that is not far above this cannot be told from noise.
     """
     if len(runs) < 2:
         return None

@@ -80,7 +80,7 @@ class Validation:
 
     @property
     def repeatability(self) -> float | None:
-        """The median of what two halves of the same repeats differ by: the floor under both errors."""
+        """The median of what two halves of the same repeats differ by: what cannot be told from noise."""
         found = [point.repeated for point in self.points if point.repeated is not None]
         return statistics.median(found) if found else None
 
