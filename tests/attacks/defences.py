@@ -63,6 +63,29 @@ DEFENCES = (
         (*never(UNPACK, "if not name:"), *never(UNPACK, "if entry.kind is not Kind.DIRECTORY:")),
         (f"{HOSTILE}[empty name]",),
     ),
+    Defence(
+        "names in the native code",
+        (
+            (
+                "native/tree_file.c",
+                'if (!*name || strchr(name, \'/\') || !strcmp(name, ".") || !strcmp(name, ".."))',
+                "if (0)",
+            ),
+        ),
+        ("kernel/test_tree.py::test_a_file_is_made_nowhere_else",),
+    ),
+    Defence(
+        "PAX records without a space",
+        (
+            (TAR, "if space <= at:", "if False:"),
+            (
+                TAR,
+                'end = at + self._decimal(data[at:space], "the length of a PAX record")',
+                'end = at + (self._decimal(data[at:space], "the length of a PAX record") if space > at else 0)',
+            ),
+        ),
+        ("unit/test_tar.py::test_what_is_no_archive_is_told",),
+    ),
     Defence("NUL in names", never(UNPACK, 'if b"\\0" in name:'), (f"{HOSTILE}[NUL in a PAX name]",)),
     Defence(
         "long names",
