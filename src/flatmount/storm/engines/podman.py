@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -12,6 +13,8 @@ from flatmount.runtime import cgroups
 from flatmount.storm.engines.base import INSIDE, Ask
 
 _SECONDS: Final = 120
+_REMOVALS: Final = 10
+_PAUSE_S: Final = 0.3
 _IMAGE: Final = "localhost/flatmount-storm"
 
 
@@ -55,7 +58,7 @@ class PodmanEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._run("rm", "--all", "--force", "--time", "0")
+        self._remove("--all")
         cgroups.remove_empty("libpod_parent")
 
     def start(self, ask: Ask) -> Started:
@@ -80,7 +83,18 @@ class PodmanEngine:
 
     def undo(self, started: Started) -> None:
         """Kill and remove it."""
-        self._run("rm", "--force", "--time", "0", started.name)
+        self._remove(started.name)
+
+    def _remove(self, which: str) -> None:
+        """A killed container's monitor runs podman's own clean-up, and one of the two finds /dev/shm busy or gone."""
+        for attempt in range(_REMOVALS):
+            try:
+                self._run("rm", "--force", "--ignore", "--time", "0", which)
+                return
+            except FlatmountError:
+                if attempt + 1 == _REMOVALS:
+                    raise
+                time.sleep(_PAUSE_S)
 
     def _run(self, *arguments: str) -> str:
         try:
