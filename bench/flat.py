@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from time import perf_counter_ns
 
+from bench.images import real_images
 from bench.measure import Figures, assemble_all, ratio, rounds, show_ratio
-from bench.unpack import debian_system
-from flatmount.image.demo import build_demo, default_cache
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.plan.mapping import Mapping
 from flatmount.rootfs.assembler import Assembler
@@ -39,13 +38,7 @@ def run() -> None:
     print(METHOD)
     enter_private_mounts()
     with tempfile.TemporaryDirectory(prefix="flatmount-bench-", dir="/var/tmp") as place:
-        demo = os.path.join(place, "demo")
-        build_demo(demo, layers=60, cache=default_cache(), name="demo")
-        images = {"the demo image, 60 layers": f"{demo}:demo"}
-        if shutil.which("mmdebstrap") and shutil.which("umoci"):
-            images["a Debian system made by mmdebstrap, one layer"] = debian_system(place)
-        else:
-            print("no mmdebstrap or umoci here: without the Debian system (tools/setup --tests installs both)")
+        images = real_images(place)
         for what, image in images.items():
             target = os.path.join(place, "target")
             os.mkdir(target)

@@ -14,8 +14,8 @@ from itertools import product
 from time import perf_counter_ns
 
 import flatmount
+from bench.images import real_images
 from bench.measure import Figures, ratio, rounds, show_ratio
-from flatmount.image.demo import build_demo, default_cache
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.store import Store
 
@@ -34,13 +34,7 @@ def run() -> None:
     print(METHOD)
     enter_private_mounts()
     with tempfile.TemporaryDirectory(prefix="flatmount-bench-", dir="/var/tmp") as place:
-        demo = os.path.join(place, "demo")
-        build_demo(demo, layers=60, cache=default_cache(), name="demo")
-        images = {"the demo image, 60 layers": f"{demo}:demo"}
-        if shutil.which("mmdebstrap") and shutil.which("umoci"):
-            images["a Debian system made by mmdebstrap, one layer"] = debian_system(place)
-        else:
-            print("no mmdebstrap or umoci here: without the Debian system (tools/setup --tests installs both)")
+        images = real_images(place)
         with _installed(place):
             for kind, (what, image) in product(("tmpfs", "ext4"), images.items()):
                 with _mounted(kind, place) as target:
@@ -66,21 +60,6 @@ def _mounted(kind: str, place: str) -> Iterator[str]:
         os.rmdir(target)
         if kind == "ext4":
             os.unlink(file)
-
-
-def debian_system(place: str) -> str:
-    archive, layout = os.path.join(place, "system.tar"), os.path.join(place, "oci")
-    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
-    for command in (
-        ["mmdebstrap", "--quiet", "--variant=essential", "bookworm", archive],
-        ["umoci", "init", "--layout", layout],
-        ["umoci", "new", "--image", f"{layout}:system"],
-        ["umoci", "config", "--image", f"{layout}:system", "--architecture", machine, "--os", "linux"],
-        ["umoci", "raw", "add-layer", "--image", f"{layout}:system", archive],
-    ):
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    os.unlink(archive)
-    return f"{layout}:system"
 
 
 def _section(what: str, image: str, place: str) -> None:

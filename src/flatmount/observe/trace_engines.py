@@ -16,6 +16,7 @@ from flatmount.errors import FlatmountError, MissingFeature, UsageError
 from flatmount.observe.tiny_image import NAME, PROGRAM, exiting_program, write_tiny_image
 from flatmount.observe.trace import trace
 from flatmount.observe.trace_results import Absent, TraceRun
+from flatmount.runtime.daemons import end_program, start_program, wait_for
 from flatmount.store import Store
 from flatmount.strategies import STRATEGIES
 
@@ -91,10 +92,9 @@ def _containerd(work: str, image: Callable[[int], str]) -> Iterator[Tracer]:
             'disabled_plugins = ["io.containerd.grpc.v1.cri"]\n'
             f'[grpc]\naddress = "{socket}"\n'
         )
-    with open(f"{work}/log", "wb") as log:
-        process = subprocess.Popen([daemon, "--config", f"{work}/config.toml"], stdout=log, stderr=log)
+    process = start_program([daemon, "--config", f"{work}/config.toml"], f"{work}/log")
     try:
-        _wait_for(lambda: os.path.exists(socket), process, f"{work}/log")
+        wait_for(lambda: os.path.exists(socket), process, f"{work}/log")
 
         def one(layers: int) -> TraceRun:
             archive, name = f"{work}/image.tar", f"{NAME}-{layers}"
@@ -106,7 +106,7 @@ def _containerd(work: str, image: Callable[[int], str]) -> Iterator[Tracer]:
 
         yield one
     finally:
-        _end(process)
+        end_program(process)
 
 
 def _containerd_in_range(form: str) -> Callable[[str, Callable[[int], str]], AbstractContextManager[Tracer]]:
@@ -289,22 +289,3 @@ def _call(*command: str) -> str:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise FlatmountError(f"{os.path.basename(command[0])} said: {said[-1] if said else done.returncode}")
     return done.stdout
-
-
-def _wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes], log: str) -> None:
-    deadline = time.monotonic() + _START_S
-    while not there():
-        if process.poll() is not None or time.monotonic() > deadline:
-            with open(log, encoding="utf-8", errors="replace") as file:
-                said = file.read().strip().splitlines()
-            raise FlatmountError(f"the daemon does not start: {said[-1] if said else 'it said nothing'}")
-        time.sleep(0.02)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_START_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

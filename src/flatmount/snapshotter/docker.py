@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from flatmount.errors import MissingFeature
 from flatmount.kernel.executor import run_once
 from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
-from flatmount.snapshotter.engine import Engine, call, end_program, start_program, wait_for
+from flatmount.runtime.daemons import end_program, start_program, wait_for
+from flatmount.snapshotter.engine import Engine, call
 
 Docker = Callable[..., str]
 

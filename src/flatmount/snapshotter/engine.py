@@ -11,8 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,11 +20,12 @@ from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import read_table
 from flatmount.kernel.tree import remove_tree
 from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
+from flatmount.runtime.daemons import end_program, start_program, wait_for
 from flatmount.snapshotter import containerd
 
 PAUSE_IMAGE = "localhost/flatmount-pause:latest"
 _VERSION = re.compile(r"\bv?(\d+\.\d+\.\d+)")
-_START_S = 30.0
+
 _COMMAND_S = 120.0
 _PLACE = "/var/tmp"
 
@@ -238,30 +238,3 @@ def _write_network(place: str) -> None:
 def _serves(engine: Engine) -> bool:
     asking = engine.command("version")
     return os.path.exists(engine.socket) and not subprocess.run(asking, capture_output=True, check=False).returncode
-
-
-def start_program(command: Sequence[str], log: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a daemon whose output goes to the file `log`. The process is the caller's to end."""
-    with open(log, "wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, env=environment)
-
-
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes], log: str) -> None:
-    """Wait until a daemon is there. Raises: FlatmountError with its last line, when it ends or takes too long."""
-    deadline = time.monotonic() + _START_S
-    while not there():
-        if process.poll() is not None or time.monotonic() > deadline:
-            with open(log, encoding="utf-8", errors="replace") as file:
-                said = file.read().strip().splitlines()
-            raise FlatmountError(f"it does not start: {said[-1] if said else 'it said nothing'}", hint=f"see {log}")
-        time.sleep(0.02)
-
-
-def end_program(process: subprocess.Popen[bytes]) -> None:
-    """End a daemon, and wait for it."""
-    process.terminate()
-    try:
-        process.wait(_START_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
