@@ -1,7 +1,8 @@
 """perf as a recorder: what it is told to record, and its script's text as samples and waits.
 
 perf and not a reader of our own: it copies stacks out of the kernel in binary and resolves their symbols, which costs
-far less than the text of an event. It runs in a private mount namespace, since it mounts tracefs where that is not.
+far less than the text of an event. It runs in a private mount namespace, in which tracefs is mounted where it is not:
+perf believes a mount table that names tracefs, also where something else is mounted over it.
 """
 
 from __future__ import annotations
@@ -13,16 +14,20 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from flatmount.errors import FlatmountError, MissingFeature
+from flatmount.kernel.executor import run_once
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.observe.symbols import Lock, waited_for
+from flatmount.plan.operations import Mount, MountPlan
 
 SAMPLE_HZ = 199
 CONTENTION = "lock/contention_begin"
 SWITCH = "sched/sched_switch"
 
+_TRACEFS = "/sys/kernel/tracing"  # where perf looks first
 _START_S = 30.0
 _STOP_S = 120.0
 _HEADER = re.compile(r"\s*(.+?)\s+(\d+)/(\d+)\s+(\d+)\.(\d{9}):\s+(\S+):(?:\s+(.*))?\n?")
@@ -73,6 +78,7 @@ class PerfRecord:
         def start() -> None:
             try:
                 enter_private_mounts()
+                _show_tracefs()
                 pipe = subprocess.PIPE
                 made.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, process_group=0))
             except BaseException as error:
@@ -114,6 +120,13 @@ class PerfRecord:
         """`perf script` over the recording; its standard output is for `Samples.take`."""
         command = [self.perf, "script", "-i", self.output, "--ns", "-F", "comm,pid,tid,time,event,ip,sym,trace"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, errors="replace")
+
+
+def _show_tracefs() -> None:
+    """Mount tracefs in the calling thread's private namespace unless it is there to be seen; perf says if it fails."""
+    if not os.path.isdir(f"{_TRACEFS}/events"):
+        with suppress(FlatmountError):
+            run_once(MountPlan((Mount("tracefs", _TRACEFS, "tracefs"),)))
 
 
 @dataclass(frozen=True, slots=True)
