@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +20,9 @@ from flatmount.observe.doctor import software
 from flatmount.observe.doctor.checks import diagnose
 from flatmount.observe.doctor.findings import Finding, Severity
 from flatmount.observe.doctor.gather import gather, largest_peers
+from flatmount.observe.doctor.snapshotters import containerd_here, find_snapshotter
 from flatmount.observe.doctor.software import try_idmap
+from flatmount.observe.processes import name_of, scan
 from flatmount.observe.tiny_image import write_tiny_image
 from flatmount.plan.operations import Mount, MountFlag, MountPlan
 from flatmount.store import Store
@@ -117,6 +120,75 @@ def test_a_per_layer_storm_under_way(ram: Path) -> None:
     named = [one for one in findings if one.id == "per-layer-assembly" and f"[{storm.pid}]" in one.evidence[0]]
     assert len(named) == 1
     assert named[0].severity is Severity.CRITICAL
+
+
+def test_only_binaries_that_nobody_else_can_have_put_there_are_executed(
+    kubelet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, open_to_all, ours = (kubelet / name / "podman" for name in ("theirs", "open", "ours"))
+    for program in (theirs, open_to_all, ours):
+        program.parent.mkdir()
+        shutil.copy("/bin/sleep", program)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(software, "_PROGRAMS", ("podman",))
+    executed: list[str] = []
+
+    def run(command: list[str], **_options: object) -> subprocess.CompletedProcess[str]:
+        executed.append(command[0])
+        return subprocess.CompletedProcess(command, 0, "podman version 4.3.1\n")
+
+    def asked(program: Path, user: int) -> list[str]:
+        executed.clear()
+        with subprocess.Popen([program, "60"], user=user) as running:
+            try:
+                processes, _ = scan(deadline_s=5, wanted=[running.pid])
+                assert [process.name for process in processes] == ["podman"]
+                with monkeypatch.context() as patched:
+                    patched.setattr(subprocess, "run", run)
+                    software.engines(processes)
+            finally:
+                running.kill()
+        return [path for path in executed if path.startswith(f"{kubelet}/")]
+
+    assert asked(ours, 0) == [str(ours)]
+    assert asked(ours, 65534) == [], "anybody may start it, but it is not the node's engine"
+    os.chown(theirs, 65534, 65534)
+    assert asked(theirs, 0) == asked(theirs, 65534) == []
+    open_to_all.parent.chmod(0o1777)
+    assert asked(open_to_all, 0) == []
+
+
+def test_the_containerd_whose_configuration_is_read(kubelet: Path) -> None:
+    program = kubelet / "containerd"
+    shutil.copy("/bin/sleep", program)
+    os.mkfifo(kubelet / "fifo")
+    (kubelet / "own.toml").write_text("version = 2\n")
+
+    def found(user: int, *before: str) -> bool:
+        with subprocess.Popen([*before, program, "60"], user=user, stdout=subprocess.DEVNULL) as running:
+            try:
+                deadline = time.monotonic() + 10
+                while name_of(running.pid) != "containerd":
+                    assert time.monotonic() < deadline
+                return containerd_here(scan(deadline_s=5, wanted=[running.pid])[0]) == running.pid
+            finally:
+                running.kill()
+
+    assert found(0)
+    assert not found(65534)
+    assert not found(0, "unshare", "-m")
+    script = kubelet / "script"
+    script.write_text("import sys\nprint(flush=True)\nsys.stdin.read()")
+    for named, word in (("own.toml", ""), ("fifo", "it is no regular file")):
+        command = [sys.executable, str(script), "--config", named]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command, cwd=kubelet, stdin=pipe, stdout=pipe) as running:
+            assert running.stdout
+            running.stdout.readline()
+            snapshotter, why = find_snapshotter(running.pid)
+            running.kill()
+        assert why.endswith(word) and (snapshotter is not None) == (word == "")
+        assert snapshotter is None or snapshotter.path == f"{kubelet}/own.toml"
 
 
 @pytest.mark.parametrize(("program", "package"), [("containerd", "containerd"), ("runc", "runc")])

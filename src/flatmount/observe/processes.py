@@ -69,6 +69,18 @@ def name_of(pid: int) -> str:
     return "?"
 
 
+def is_trusted(pid: int) -> bool:
+    """Whether a process is root's or ours by all its user ids: anybody can take a name, or start a setuid program.
+
+    The owner of its directory in /proc does not tell: that is root where a process may not be dumped.
+    """
+    with suppress(OSError), open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+        line = next((line for line in file if line.startswith("Uid:")), "")
+        ids = {int(word) for word in line.split()[1:]}
+        return bool(ids) and ids <= {0, os.geteuid()}
+    return False
+
+
 def pids() -> tuple[int, ...]:
     """Every process that can be seen."""
     return tuple(sorted(int(name) for name in os.listdir("/proc") if name.isdigit()))

@@ -14,7 +14,7 @@ from flatmount.kernel.mounts import MountEntry, MountEvents, read_table
 from flatmount.observe.causes import Calls, watch_calls
 from flatmount.observe.doctor import software
 from flatmount.observe.doctor.machine import read_system
-from flatmount.observe.doctor.snapshotters import find_snapshotter
+from flatmount.observe.doctor.snapshotters import containerd_here, find_snapshotter
 from flatmount.observe.doctor.state import Cause, NodeState, Table, Watcher
 from flatmount.observe.leaks import leaks_between, mount_key, suspicious_elsewhere
 from flatmount.observe.mount_calls import CALLS
@@ -91,8 +91,7 @@ def gather(*, look_s: float = LOOK_S) -> NodeState:
             images = pool.submit(software.images)
             time_outs = pool.submit(software.time_outs)
             stores = pool.submit(software.layer_stores, before)
-            running = next((process.pid for process in processes if process.name == "containerd"), None)
-            snapshotter, snapshotter_word = find_snapshotter(running)
+            snapshotter, snapshotter_word = find_snapshotter(containerd_here(processes))
             system = read_system()
             threading.Event().wait(max(0.0, look_s - (time.monotonic() - begun)))
             cpu_s = time.monotonic() - begun

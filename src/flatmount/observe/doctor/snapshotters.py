@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from flatmount.observe.doctor.findings import Finding, Severity
+from flatmount.observe.leaks import own_namespace
+from flatmount.observe.processes import Process, is_trusted
 
 DEFAULT_PATH = "/etc/containerd/config.toml"
 _K3S_PATH = "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"
@@ -61,17 +64,37 @@ def read_snapshotter(path: str) -> Snapshotter:
     return Snapshotter(name, path, version, address, remap)
 
 
+def containerd_here(processes: Iterable[Process]) -> int | None:
+    """The pid of the containerd whose files are ours: root's or our own, in our mount namespace and root directory.
+
+    Without root the namespace and root directory of another user's process cannot be seen, and are taken to be ours.
+    """
+    for process in processes:
+        if process.name == "containerd" and process.namespace in (None, own_namespace()) and is_trusted(process.pid):
+            try:
+                root = os.readlink(f"/proc/{process.pid}/root")
+            except PermissionError:
+                root = "/"
+            except OSError:
+                continue
+            if root == "/":
+                return process.pid
+    return None
+
+
 def find_snapshotter(running_pid: int | None) -> tuple[Snapshotter | None, str]:
     """The configured snapshotter, and why it is not known ("" where it is, or where there is no containerd).
 
     Args:
         running_pid: of the containerd that runs, for its own `--config`.
     """
-    named = _named_by(running_pid) if running_pid is not None else ""
-    path = named or next((one for one in (DEFAULT_PATH, _K3S_PATH) if os.path.exists(one)), "")
-    if not path:
-        return (Snapshotter(DEFAULT, DEFAULT_PATH, 0, "", False), "") if running_pid is not None else (None, "")
+    path = _named_by(running_pid) if running_pid is not None else ""
     try:
+        if running_pid is not None and path and not os.path.isabs(path):
+            path = os.path.join(os.readlink(f"/proc/{running_pid}/cwd"), path)
+        path = path or next((one for one in (DEFAULT_PATH, _K3S_PATH) if os.path.exists(one)), "")
+        if not path:
+            return (Snapshotter(DEFAULT, DEFAULT_PATH, 0, "", False), "") if running_pid is not None else (None, "")
         return read_snapshotter(path), ""
     except OSError as error:
         return None, f"containerd's snapshotter: {path}: {error.strerror}"
@@ -152,7 +175,10 @@ def _merged(path: str) -> dict[str, Any]:
 
 
 def _parsed(path: str) -> dict[str, Any]:
-    with open(path, "rb") as file:
+    # Without waiting for a writer, where it is a fifo.
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("it is no regular file")
         return tomllib.loads(file.read(_MOST_BYTES).decode())
 
 

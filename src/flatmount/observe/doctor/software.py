@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import MountEntry
 from flatmount.kernel.namespaces import user_namespace
 from flatmount.observe.doctor.state import Engine, Image, LayerStore, TimeOut
-from flatmount.observe.processes import Process
+from flatmount.observe.processes import Process, is_trusted
 from flatmount.plan.mapping import Mapping
 from flatmount.plan.operations import USER_NAMESPACE, MountPlan, MountSetattr, OpenTree, Slot
 
@@ -58,8 +59,13 @@ def parse_version(text: str) -> tuple[int, int, int] | None:
 
 
 def engines(processes: Sequence[Process]) -> tuple[Engine, ...]:
-    """The engines that run here or are installed, each asked for its version once."""
-    running = {process.name: process.pid for process in processes if process.name in _PROGRAMS}
+    """The engines that run here or are installed, each asked for its version once.
+
+    Asking executes: of what runs only binaries of root's or our own processes that nobody else could have put there.
+    """
+    running = {
+        process.name: process.pid for process in processes if process.name in _PROGRAMS and is_trusted(process.pid)
+    }
     found = []
     for name in _PROGRAMS:
         path = _program(name, running.get(name))
@@ -81,9 +87,25 @@ def _program(name: str, pid: int | None) -> str | None:
     if pid is not None:
         with suppress(OSError):
             path = os.readlink(f"/proc/{pid}/exe")
-            if os.path.samestat(os.stat(path), os.stat(f"/proc/{pid}/exe")):
+            if only_ours_to_change(path) and os.path.samestat(os.stat(path), os.stat(f"/proc/{pid}/exe")):
                 return path
-    return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin")
+    # An empty path would be the current directory.
+    path = os.environ.get("PATH") or os.defpath
+    return shutil.which(name, path=f"{path}:/usr/local/sbin:/usr/sbin:/usr/local/bin:/usr/bin")
+
+
+def only_ours_to_change(path: str) -> bool:
+    """Whether a file and every directory above it are root's or ours and nobody else may write to them.
+
+    An absolute path without symbolic links, which anybody may write to. Raises: OSError.
+    """
+    while True:
+        status = os.lstat(path)
+        if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            return False
+        if path == "/":
+            return True
+        path = os.path.dirname(path)
 
 
 def images() -> tuple[Image, ...]:
