@@ -7,6 +7,8 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from flatmount.rootfs.workplace import sweep, workplace
 
 GONE = f"storm.{2**22 + 1}-1"
@@ -42,6 +44,30 @@ def test_uppers_whose_parent_was_removed_meanwhile_count_as_gone(tmp_path: Path)
     assert not told
     assert not path.exists()
     assert os.listdir(tmp_path / "work") == []
+
+
+def test_what_is_mounted_elsewhere_is_taken_off_before_anything_is_removed(tmp_path: Path, ram: Path) -> None:
+    (ram / "kept").write_text("kept")
+    storage = tmp_path / "storage"
+    with workplace(str(tmp_path / "run"), "storm", elsewhere=(str(storage),)):
+        (storage / "merged").mkdir()
+        subprocess.run(["mount", "--bind", ram, storage / "merged"], check=True)
+    assert not storage.exists()
+    assert (ram / "kept").read_text() == "kept"
+
+
+def test_what_cannot_be_cleared_is_told_and_what_was_done_is_not_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir()
+    with workplace(str(tmp_path / "run"), "storm", elsewhere=(str(parent / "storage"),)) as path:
+        (parent / "storage").rmdir()
+        parent.rmdir()
+        parent.write_text("not a directory")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and path in said and "ENOTDIR" in said
+    assert Path(f"{path}.json").exists(), "the next sweep knows of it"
 
 
 def test_a_mount_in_a_workplace_is_taken_off(tmp_path: Path) -> None:

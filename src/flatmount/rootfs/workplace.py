@@ -38,6 +38,8 @@ def workplace(run: str, name: str, *, elsewhere: Sequence[str] = (), ram: bool =
         name: what it is for, one word.
         elsewhere: directories on other file systems that go with it; made here, each must not exist.
         ram: whether it is a tmpfs of its own, or a plain directory of the run directory.
+
+    What cannot be cleared afterwards is told on stderr and left to the next sweep: what was done in here is not lost.
     """
     place = os.path.join(run, "work")
     ensure_run_directory(run)
@@ -54,7 +56,7 @@ def workplace(run: str, name: str, *, elsewhere: Sequence[str] = (), ram: bool =
             run_once(MountPlan((Mount("flatmount-work", path, "tmpfs", MountFlag.NONE, "mode=0711"),)))
         yield path
     finally:
-        _clear(path)
+        _cleared(path, "left", _on_stderr)
 
 
 def sweep(run: str, problem: Callable[[str], None] | None = None) -> tuple[str, ...]:
@@ -69,15 +71,21 @@ def sweep(run: str, problem: Callable[[str], None] | None = None) -> tuple[str, 
         return ()
     cleared = []
     for name in sorted(name for name in names if owner_is_gone(name)):
-        path = os.path.join(place, name)
-        try:
-            _clear(path)
+        if _cleared(os.path.join(place, name), "left by a killed command", problem or _on_stderr):
             cleared.append(name)
-        except OSError as error:
-            (problem or _on_stderr)(from_os_error(error, f"clear {path}, left by a killed command:").line())
-        except FlatmountError as error:
-            (problem or _on_stderr)(f"clear {path}, left by a killed command: {error.line()}")
     return tuple(cleared)
+
+
+def _cleared(path: str, why: str, problem: Callable[[str], None]) -> bool:
+    try:
+        _clear(path)
+    except OSError as error:
+        problem(from_os_error(error, f"clear {path}, {why}:").line())
+    except FlatmountError as error:
+        problem(f"clear {path}, {why}: {error.line()}")
+    else:
+        return True
+    return False
 
 
 def _on_stderr(line: str) -> None:
@@ -85,8 +93,10 @@ def _on_stderr(line: str) -> None:
 
 
 def _clear(path: str) -> None:
-    take_off_below(path)
-    for directory in (*_elsewhere(path), path):
+    directories = (*_elsewhere(path), path)
+    for directory in directories:
+        take_off_below(directory)
+    for directory in directories:
         try:
             parent = os.open(os.path.dirname(directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
