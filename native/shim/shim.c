@@ -344,16 +344,18 @@ static void reap(struct shim *shim)
 		if (pid > 0)
 			runtime_ended(shim, status);
 	}
-	/* Its name goes with its being waited for. */
-	siginfo_t ended = {0};
-	if (shim->container > 0 && waitid(P_PID, (id_t)shim->container, &ended, WEXITED | WNOHANG | WNOWAIT) == 0 &&
-	    ended.si_pid == shim->container && ended.si_code == CLD_EXITED && ended.si_status != 0)
-		shim->unexecuted = is_unexecuted(shim->container);
-	while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
-		if (pid == shim->container) {
+	/* Looked at before it is waited for, whenever it ends: its name goes with that. */
+	for (;;) {
+		siginfo_t ended = {0};
+		if (waitid(P_ALL, 0, &ended, WEXITED | WNOHANG | WNOWAIT) < 0 || ended.si_pid == 0)
+			return;
+		if (ended.si_pid == shim->container && ended.si_code == CLD_EXITED && ended.si_status != 0)
+			shim->unexecuted = is_unexecuted(ended.si_pid);
+		if (waitpid(ended.si_pid, &status, WNOHANG) == ended.si_pid && ended.si_pid == shim->container) {
 			shim->status = status;
 			shim->over = 1;
 		}
+	}
 }
 
 static void take_signals(struct shim *shim)
