@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from flatmount.kernel.mounts import read_table
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.kernel.process import owned_name
 from flatmount.observe.leak_results import Found, Kind
-from flatmount.observe.leaks import clean, find_leaks
+from flatmount.observe.leaks import LAYER_WORK_S, clean, find_leaks
 from flatmount.observe.owners import Owner
 from flatmount.report.leaks import as_data, render_leaks
 
@@ -214,6 +215,38 @@ def test_what_a_killed_command_of_ours_left(ram: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "left", place], check=True)
     found = find_leaks(apart_s=0.1)
     assert [one.kind for one in found.leaks if one.where == str(place)] == [Kind.UNFINISHED]
+
+
+def test_where_containerd_works_on_a_layer_is_named_after_minutes_and_never_taken_off(ram: Path) -> None:
+    layer, point = ram / "layer", ram / "containerd-mount42"
+    layer.mkdir()
+    point.mkdir()
+    subprocess.run(["mount", "--bind", layer, point], check=True)
+    assert of(ram, find_leaks(apart_s=0)) == []
+    subprocess.run(["umount", point], check=True)
+    os.utime(point, (0, time.time() - LAYER_WORK_S - 1))
+    subprocess.run(["mount", "--bind", layer, point], check=True)
+    found = find_leaks(apart_s=0)
+    (one,) = [one for one in found.leaks if one.where == str(point)]
+    assert (one.kind, one.owner, one.here, one.removable) == (Kind.LAYER_WORK, Owner.CONTAINERD, True, 0)
+    with process_in_a_copy():
+        (copied,) = [one for one in find_leaks(apart_s=0.1).leaks if one.where == str(point)]
+        assert copied.copies and clean([one, copied]) == ()
+    assert str(point) in own_mounts()
+    said = render_leaks(Found((one,), ()), (), may_clean=True)
+    assert "restart it" in said and "taken off: 0" in said
+
+
+def test_a_pid_of_another_pid_namespace_says_nothing(ram: Path) -> None:
+    place = ram / "work" / f"storm.{2**22 + 1}-1"
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "left", place], check=True)
+    with process_in_a_copy() as _, process_in_a_copy("--pid", "--kill-child") as _:
+        subprocess.run(["umount", place], check=True)
+        found = find_leaks(apart_s=0.1)
+    (one,) = [one for one in found.leaks if one.where == str(place)]
+    assert (one.kind, len(one.copies)) == (Kind.UNFINISHED, 1)
+    assert any(what.endswith("where processes have other pids: 1") for what in found.unseen)
 
 
 def test_a_namespace_nobody_is_in(ram: Path) -> None:

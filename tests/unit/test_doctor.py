@@ -108,6 +108,7 @@ def test_leaks_are_named_with_owner_holder_and_where() -> None:
     assert "leaks --clean" in finding.remedy
     foreign = only(replace(HEALTHY, leaks=(leak(1, here=False),)))
     assert "whose namespaces hold them" in foreign.remedy
+    assert "restart containerd" in only(replace(HEALTHY, leaks=(replace(leak(1), kind=Kind.LAYER_WORK),))).remedy
     assert only(replace(HEALTHY, leaks=tuple(leak(i) for i in range(1000)))).severity is Severity.CRITICAL
 
 
@@ -320,7 +321,8 @@ def test_the_line_for_node_problem_detector_is_short(count: int) -> None:
     ("point", "owner", "temporary"),
     [
         ("/tmp/ovl-idmapped123", Owner.CONTAINERD, True),
-        ("/var/lib/containerd/tmpmounts/containerd-mount42", Owner.CONTAINERD, True),
+        ("/var/lib/containerd/tmpmounts/containerd-mount42", Owner.CONTAINERD, False),
+        ("/tmp/containerd-mount42/dev", Owner.CONTAINERD, False),
         ("/var/lib/containers/storage/overlay/ab/mapped/0", Owner.PODMAN, True),
         ("/run/containerd/runc/k8s.io/cfd7/runc.9xc3s6", Owner.RUNC, True),
         ("/run/containerd/io.containerd.runtime.v2.task/k8s.io/x/rootfs", Owner.CONTAINERD, False),

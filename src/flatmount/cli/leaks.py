@@ -17,6 +17,9 @@ examples:
   flatmount leaks           # look, change nothing
   flatmount leaks --clean   # take off temporary mounts that two looks a second apart have in common
 
+What containerd works on a layer in (containerd-mount*) may stay for minutes: it is named after ten, and never taken
+off by --clean. Restart containerd, which takes them off when it starts.
+
 --clean only ever calls umount2, without MNT_DETACH: no file can be deleted, and what is in use stays. It enters other
 mount namespaces that hold such mounts for this one call, and runs nothing in there.
 exit code: 0 nothing is left (any more), 1 something is
@@ -52,5 +55,5 @@ def _run(args: argparse.Namespace) -> int:
 
 def _left(found: Found, cleaned: tuple[Cleaned, ...] | None) -> bool:
     if cleaned is not None:
-        return any(one.refused for one in cleaned)
+        return any(one.refused for one in cleaned) or any(leak.kind is Kind.LAYER_WORK for leak in found.leaks)
     return any(leak.kind is not Kind.NAMESPACE for leak in found.leaks)

@@ -12,6 +12,7 @@ class Kind(StrEnum):
     """Why something counts as left."""
 
     TEMPORARY = "temporary"  # of an assembly that is long over
+    LAYER_WORK = "layer work"  # of containerd, for longer than it works on a layer; not ours to take off
     UNFINISHED = "unfinished"  # in a work directory of ours whose process is gone
     NAMESPACE = "namespace"  # a mount namespace that nobody is in
 
@@ -59,7 +60,7 @@ class Leak:
     @property
     def removable(self) -> int:
         """In how many mount tables `clean` would take it off."""
-        return 0 if self.kind is Kind.NAMESPACE else self.here + len(self.copies)
+        return self.here + len(self.copies) if self.kind in (Kind.TEMPORARY, Kind.UNFINISHED) else 0
 
 
 @dataclass(frozen=True, slots=True)

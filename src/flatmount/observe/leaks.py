@@ -18,11 +18,12 @@ from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import MountEntry, parse_mountinfo, read_table
 from flatmount.kernel.process import owner_is_gone
 from flatmount.observe.leak_results import Cleaned, Copy, Found, Holder, Kind, Leak
-from flatmount.observe.owners import owner_of, temporary_owner
+from flatmount.observe.owners import layer_work, owner_of, temporary_owner
 from flatmount.observe.processes import Process, scan
-from flatmount.plan.operations import HELPER, MountPlan, Setns, Unmount, UnmountFlag
+from flatmount.plan.operations import HELPER, MountPlan, OpenTree, Setns, Slot, Unmount, UnmountFlag
 
 LOOKS_APART_S = 1.0
+LAYER_WORK_S = 600.0
 _MOST_HOLDERS = 8
 _MOST_SCAN_S = 2.0
 _SOMETHING_ELSE = "it is gone, or something else is mounted there now"
@@ -37,6 +38,8 @@ def suspicious(entry: MountEntry) -> Kind | None:
     """Why a mount would be a leak if it stays; None for one that may stay."""
     if any(owner_is_gone(part) for part in entry.mount_point.split("/")) and "/work/" in entry.mount_point:
         return Kind.UNFINISHED
+    if temporary_owner(entry.mount_point) is None and layer_work(entry.mount_point) is not None:
+        return Kind.LAYER_WORK
     return Kind.TEMPORARY if temporary_owner(entry.mount_point) is not None else None
 
 
@@ -65,12 +68,19 @@ def leaks_between(
     not_looked_at: int,
 ) -> Found:
     """As `find_leaks`, from two looks that somebody else took."""
-    lasting_here = lasting(before, after)
+    ages: dict[str, float | None] = {}
+    lasting_here = [found for found in lasting(before, after) if _is_over(*found, ages)]
     others = suspicious_elsewhere(processes)
     everyone = _members(processes)
+    not_ours = 0
     foreign: dict[tuple[str, str], list[tuple[Kind, MountEntry, Copy]]] = {}
     for namespace, table in others.items():
         for kind, entry in lasting(others_before.get(namespace, ()), table):
+            if not _is_over(kind, entry, ages):
+                continue
+            if kind is Kind.UNFINISHED and not _numbered_as_we_are(everyone[namespace]):
+                not_ours += 1
+                continue
             copy = Copy(namespace, everyone[namespace][0].pid, entry.id)
             foreign.setdefault((entry.mount_point, entry.root), []).append((kind, entry, copy))
     leaks = []
@@ -86,9 +96,51 @@ def leaks_between(
     unseen = []
     if any(process.watches is None for process in processes):
         unseen.append("descriptors and namespaces of other users' processes: run as root")
+    if not_ours:
+        unseen.append(f"whether mounts of ours are left where processes have other pids: {not_ours:,}")
+    if ageless := sum(age is None for age in ages.values()):
+        unseen.append(f"since when containerd works on {ageless:,} layers: run as root where it runs")
     if not_looked_at:
         unseen.append(f"{not_looked_at:,} processes: there was no time")
     return Found(tuple(leaks), tuple(unseen))
+
+
+def _is_over(kind: Kind, entry: MountEntry, ages: dict[str, float | None]) -> bool:
+    """Whether a mount is left that was there at both looks: containerd may be at work on a layer for minutes."""
+    directory = layer_work(entry.mount_point)
+    if kind is not Kind.LAYER_WORK or directory is None:
+        return True
+    if directory not in ages:
+        ages[directory] = _age_s(directory)
+    age_s = ages[directory]
+    return age_s is not None and age_s >= LAYER_WORK_S
+
+
+def _age_s(directory: str) -> float | None:
+    """Seconds since a mount point was made, by the directory beneath the mount; None where that cannot be seen.
+
+    It is made for the mount and nothing is written there. Seen in a detached clone of what it is in, which has none of
+    the mounts below; it takes CAP_SYS_ADMIN and changes no table.
+    """
+    tree = Slot("tree")
+    try:
+        fd = run_once(MountPlan((OpenTree(tree, os.path.dirname(directory)),), (tree,))).outputs[0]
+    except FlatmountError:
+        return None
+    try:
+        return time.time() - os.stat(os.path.basename(directory), dir_fd=fd, follow_symlinks=False).st_mtime
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
+def _numbered_as_we_are(members: Iterable[Process]) -> bool:
+    """Whether the pids in paths that these processes made can be ours."""
+    with suppress(OSError):
+        own = os.stat("/proc/self/ns/pid").st_ino
+        return all(os.stat(f"/proc/{process.pid}/ns/pid").st_ino == own for process in members)
+    return False
 
 
 def own_namespace() -> int:
@@ -195,11 +247,13 @@ def clean(leaks: Iterable[Leak]) -> tuple[Cleaned, ...]:
     """Take off temporary and unfinished mounts of the calling thread's table, then their copies in other namespaces.
 
     The last made goes first. Nothing is taken off that is in use, or is not the topmost and the very same mount as when
-    it was found. A namespace is never let go: whoever pinned it may want to enter it. Needs CAP_SYS_ADMIN, in other
-    namespaces over their user namespaces; a copy that was made for a namespace with fewer rights is locked there, and
-    only goes with its processes.
+    it was found. A namespace is never let go: whoever pinned it may want to enter it. What containerd works on a layer
+    in is left to it: between two files the mount is not busy, and the rest would go elsewhere.
+
+    Needs CAP_SYS_ADMIN, in other namespaces over their user namespaces; a copy that was made for a namespace with fewer
+    rights is locked there, and only goes with its processes.
     """
-    wanted = sorted((leak for leak in leaks if leak.kind is not Kind.NAMESPACE), key=lambda leak: leak.id, reverse=True)
+    wanted = sorted((leak for leak in leaks if leak.removable), key=lambda leak: leak.id, reverse=True)
     done = []
     top = {entry.mount_point: mount_key(entry) for entry in read_table()}
     for leak in wanted:

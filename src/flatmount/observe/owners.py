@@ -21,13 +21,15 @@ class Owner(StrEnum):
 
 
 # Mounts that an assembly makes and removes again within milliseconds, by who makes them. Names: containerd's
-# core/mount (temporary mounts, id-mapped layers), containers/storage (drivers/overlay, `mapped`), runc's nsenter.
+# core/mount (id-mapped layers), containers/storage (drivers/overlay, `mapped`), runc's nsenter.
 _TEMPORARY = (
-    (re.compile(r"/(?:ovl-idmapped|containerd-mount)\d+(?:/|$)"), Owner.CONTAINERD),
+    (re.compile(r"/ovl-idmapped\d+(?:/|$)"), Owner.CONTAINERD),
     (re.compile(r"/containers/storage/overlay/[^/]+/mapped(?:/|$)"), Owner.PODMAN),
     (re.compile(r"/runc\.[0-9A-Za-z]{6}$"), Owner.RUNC),
     (re.compile(r"/work/storm\.\d+-\d+/tmp/"), Owner.FLATMOUNT),
 )
+# containerd's WithTempMount (core/mount): while a layer is unpacked or compared, or its owners are changed.
+_LAYER_WORK = re.compile(r".*?/containerd-mount\d+(?=/|$)")
 _PLACES = (
     (re.compile(r"^/var/lib/kubelet(?:/|$)"), Owner.KUBELET),
     (
@@ -45,11 +47,19 @@ def temporary_owner(mount_point: str) -> Owner | None:
     return next((owner for pattern, owner in _TEMPORARY if pattern.search(mount_point)), None)
 
 
+def layer_work(mount_point: str) -> str | None:
+    """The directory at which containerd has a layer mounted to work on it, for seconds or minutes; None elsewhere."""
+    match = _LAYER_WORK.match(mount_point)
+    return match[0] if match else None
+
+
 def owner_of(mount_point: str) -> Owner:
     """Whose a mount at this place is."""
-    return temporary_owner(mount_point) or next(
-        (owner for pattern, owner in _PLACES if pattern.search(mount_point)), Owner.SYSTEM
-    )
+    if (owner := temporary_owner(mount_point)) is not None:
+        return owner
+    if layer_work(mount_point) is not None:
+        return Owner.CONTAINERD
+    return next((owner for pattern, owner in _PLACES if pattern.search(mount_point)), Owner.SYSTEM)
 
 
 def by_owner(mount_points: Iterable[str]) -> dict[Owner, int]:

@@ -38,6 +38,8 @@ def render_leaks(found: Found, cleaned: Sequence[Cleaned] | None, *, may_clean: 
         lines.append(f"and {len(found.leaks) - _MOST_SHOWN:,} more (--json has all)")
     lines.append(_sum(found))
     lines += [f"not looked at: {what}" for what in found.unseen]
+    if any(leak.kind is Kind.LAYER_WORK for leak in found.leaks):
+        lines.append("layer work is containerd's to take off, which it does when it starts: restart it")
     if cleaned is not None:
         gone = [one for one in cleaned if not one.refused]
         elsewhere = len({one.namespace for one in gone if one.namespace is not None})
@@ -46,7 +48,7 @@ def render_leaks(found: Found, cleaned: Sequence[Cleaned] | None, *, may_clean: 
         refused = Counter(one.refused.partition(", operation")[0] for one in cleaned if one.refused)
         lines += [f"left as it is ({count:,}): {why}" for why, count in refused.most_common(_MOST_SHOWN)]
     elif may_clean and any(leak.removable for leak in found.leaks):
-        here = sum(leak.here and leak.kind is not Kind.NAMESPACE for leak in found.leaks)
+        here = sum(leak.here and leak.removable > 0 for leak in found.leaks)
         copies = [copy for leak in found.leaks if leak.removable for copy in leak.copies]
         foreign = f" and {len(copies):,} in {_namespaces(len({copy.namespace for copy in copies}))}" if copies else ""
         lines.append(f"`flatmount leaks --clean` would take off {here:,} of this table{foreign}, and delete no file")

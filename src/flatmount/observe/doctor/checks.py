@@ -91,11 +91,11 @@ def _per_layer_remedy(state: NodeState) -> str:
 
 def leaked(state: NodeState) -> Iterator[Finding]:
     """Temporary mounts that stayed."""
-    stayed: dict[Owner, list[Leak]] = {}
+    stayed: dict[tuple[Owner, bool], list[Leak]] = {}
     for leak in state.leaks:
         if leak.kind is not Kind.NAMESPACE:
-            stayed.setdefault(leak.owner, []).append(leak)
-    for owner, leaks in stayed.items():
+            stayed.setdefault((leak.owner, leak.kind is Kind.LAYER_WORK), []).append(leak)
+    for (owner, layer_work), leaks in stayed.items():
         holders = Counter(
             f"{holder.name} [{holder.pid}]" for leak in leaks for holder in leak.holders if holder.pid is not None
         )
@@ -115,6 +115,8 @@ def leaked(state: NodeState) -> Iterator[Finding]:
             str(owner),
             "`flatmount leaks --clean` takes them off, also in the namespaces that hold them"
             if removable
+            else "restart containerd: it takes them off when it starts"
+            if layer_work
             else "end or restart the processes whose namespaces hold them",
             True,
         )

@@ -27,7 +27,8 @@ one is still mounted deletes the layer's files.
 Seen by: two looks at the tables of all mount namespaces, a second apart.
 Do: `flatmount leaks` names each with who holds it; `flatmount leaks --clean` takes them off by umount alone, in this
 table and in the namespaces that hold a copy. A copy that is locked there (its namespace belongs to a user namespace)
-goes with the processes in it.
+goes with the processes in it. What containerd works on a layer in (containerd-mount*) is named after ten minutes and
+never taken off: restart containerd, which does it when it starts.
 See: containerd issues 12139 and 13893, moby issue 34672.""",
     "table-large": """\
 A mount table with thousands of mounts. Each container start copies it (1.4 to 1.9 us for each mount, while locks are
