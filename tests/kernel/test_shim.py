@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,44 @@ def test_bound_ends_with_us_and_otherwise_it_lives(tmp_path: Path) -> None:
             until((directory / "exit").exists)
             assert (directory / "exit").read_text().startswith("143 ")
         running.reap()
+
+
+# What ends before it is executed has the name that runc gave it; here while the shim waits for 200 others.
+UNEXECUTED = """
+import os, signal
+signal.alarm(30)
+others = []
+for _ in range(200):
+    out, into = os.pipe()
+    if os.fork() == 0:
+        other = os.fork()
+        if other == 0:
+            signal.pause()
+        os.write(into, b"%d" % other)
+        os._exit(0)
+    os.wait()
+    others.append(int(os.read(out, 20)))
+    os.close(out), os.close(into)
+with open("/proc/self/comm", "w") as name:
+    name.write("runc:[2:INIT]")
+os.write(2, b"exec /x: no such file or directory")
+shim = os.getppid()
+os.kill(shim, signal.SIGSTOP)
+for other in others:
+    os.kill(other, signal.SIGKILL)
+while any(open(f"/proc/{other}/stat").read().split()[2] != "Z" for other in others):
+    pass
+os.kill(shim, signal.SIGCONT)
+while os.path.exists(f"/proc/{others[0]}"):
+    pass
+os._exit(1)
+"""
+
+
+def test_a_container_that_ends_while_others_are_waited_for_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "container.py").write_text(UNEXECUTED)
+    for _ in range(3):
+        assert ended(launch(wanted(tmp_path, f"{sys.executable} container.py"))) == 127
 
 
 def test_what_comes_after_is_executed_last(tmp_path: Path) -> None:
