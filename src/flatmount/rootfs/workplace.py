@@ -56,7 +56,7 @@ def workplace(run: str, name: str, *, elsewhere: Sequence[str] = (), ram: bool =
             run_once(MountPlan((Mount("flatmount-work", path, "tmpfs", MountFlag.NONE, "mode=0711"),)))
         yield path
     finally:
-        _cleared(path, "left", _on_stderr)
+        _cleared(path, "which is left to the next command", _on_stderr)
 
 
 def sweep(run: str, problem: Callable[[str], None] | None = None) -> tuple[str, ...]:
