@@ -168,3 +168,9 @@ def test_owners_that_containerd_has_changed_are_not_mapped_again(shelf: Shelf) -
     with pytest.raises(Precondition) as refused:
         shelf.create("container", "base-100000", mapping=Mapping.single(100000))
     assert 'capabilities = ["remap-ids"]' in refused.value.hint
+    # So it is where the service remembers the parent and does not read it.
+    known = book.chain(shelf.db, "base-100000")
+    info = Info("remembered", "base-100000", Kind.ACTIVE, 0, 0, {})
+    wanted = Snapshot(99, info, Mapping.single(100000), Form.OVERLAY, host_ids=False, remapped=False)
+    with pytest.raises(Precondition):
+        book.create(shelf.db, wanted, known)

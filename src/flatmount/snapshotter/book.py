@@ -80,8 +80,9 @@ def create(db: sqlite3.Connection, snapshot: Snapshot, known: Chain | None = Non
     Args:
         known: its parent as somebody remembers it, which saves reading it; it may be gone meanwhile.
 
-    Raises: SnapshotNotFound for its parent; InvalidRequest, when that is not committed; SnapshotExists, also when the
-    labels ask for content that is committed on the same parent already.
+    Raises: SnapshotNotFound for its parent; InvalidRequest, when that is not committed; Precondition, when its owners
+    were changed already and a mapping is asked for; SnapshotExists, also when the labels ask for content that is
+    committed on the same parent already.
     """
     info = snapshot.info
     parent: Snapshot | None = None
@@ -95,8 +96,8 @@ def create(db: sqlite3.Connection, snapshot: Snapshot, known: Chain | None = Non
             raise SnapshotNotFound(f"missing parent {info.parent!r} of snapshot {info.name!r}") from None
         if parent.info.kind is not Kind.COMMITTED:
             raise InvalidRequest(f"parent {info.parent!r} is not a committed snapshot")
-        if parent.remapped and snapshot.mapping is not None:
-            raise remap_refused(info.name)
+    if parent is not None and parent.remapped and snapshot.mapping is not None:
+        raise remap_refused(info.name)
     reference = info.labels.get(REF_LABEL)
     if reference is not None and _committed_with(db, reference, None if parent is None else parent.number):
         raise SnapshotExists(f"target {reference!r} of snapshot {info.name!r} is committed already")
