@@ -16,7 +16,11 @@ from flatmount.snapshotter.engine import Engine, call
 
 Docker = Callable[..., str]
 
-_OPTIONS = ("--iptables=false", "--ip6tables=false", "--bridge=none", "--userland-proxy=false")
+# Nothing of the host's network changes: neither rules nor net.ipv4.ip_forward.
+_OPTIONS = (
+    *("--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"),
+    *("--bridge=none", "--userland-proxy=false"),
+)
 
 
 @contextmanager
