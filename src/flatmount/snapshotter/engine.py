@@ -185,6 +185,8 @@ def running_engine(place: str, *, form: str = "auto", cri: bool = False, program
     with open(f"{place}/config.toml", "w", encoding="utf-8") as file:
         file.write(containerd.install(text, f"{run}/snapshotter.sock", cri=cri))
     service_command = [sys.executable, "-P", "-m", "flatmount", "snapshotter", "--root", store, "--form", form]
+    # The machine's own service may have the address that its configuration names.
+    service_command += ["--metrics", ""]
     environment = {**os.environ, "PATH": path}
     service = start_program(service_command, f"{place}/service.log", {**environment, "FLATMOUNT_RUN": run})
     try:
