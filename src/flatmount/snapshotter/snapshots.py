@@ -90,6 +90,8 @@ class Snapshots:
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
         # Chains by name, as they are in the book: of what was answered, and of the parents of that.
         self._known: dict[str, book.Chain] = {}
+        # Numbers of copies that a commit is about to enter in the book.
+        self._copies: set[int] = set()
         self._lock_fd = -1
         self.flattening = Flattening(self._flatten_now, flatten_after_s)
         self._sync: asyncio.Task[None] | None = None
@@ -209,18 +211,21 @@ class Snapshots:
             if active.unpacked:
                 on = await self._desk.read(lambda db: book.find(db, parent).number if parent else None)
                 await self._in_pool(lambda: self._trees.rebase(active, on))
-            number = await self._copied(active) if active.host_ids else None
-            place = active.fs if number is None else f"staging/snapshot-{number}/fs"
-            usage = await self._in_pool(lambda: self._trees.measure(place))
-            await self._synced()
-
-            def enter(db: sqlite3.Connection) -> Snapshot:
-                made = book.commit(db, key=key, name=name, parent=parent, labels=labels, usage=usage, number=number)
-                if number is not None:
-                    self._trees.publish(number)
-                return made
-
-            made = await self._desk.write(enter, growing=True)
+            async with self._copy(active) as number:
+                place = active.fs if number is None else f"snapshots/{number}/fs"
+                usage = await self._in_pool(lambda: self._trees.measure(place))
+                await self._synced()
+                if active.number <= self._trees.lost:
+                    raise StoreError(
+                        f"snapshot {key!r}: its files may not have reached the disk, a write to which failed",
+                        hint="remove it and pull again",
+                    )
+                made = await self._desk.write(
+                    lambda db: book.commit(
+                        db, key=key, name=name, parent=parent, labels=labels, usage=usage, number=number
+                    ),
+                    growing=True,
+                )
             self._known.pop(key, None)
             await self._let_go(active)
             chain = await self._desk.read(lambda db: book.chain(db, made.info.name))
@@ -228,20 +233,35 @@ class Snapshots:
                 self.flattening.put_off(chain.parents[0])
             self.flattening.soon((made.number, *chain.parents))
 
-    async def _copied(self, active: Snapshot) -> int:
-        """A copy of an upper of host ids in the container's, in staging, under a number of its own."""
+    @asynccontextmanager
+    async def _copy(self, active: Snapshot) -> AsyncIterator[int | None]:
+        """The number of a copy of an upper of host ids in the container's, for the block to enter; None for others.
+
+        A copy that the block does not enter is gone afterwards.
+        """
+        if not active.host_ids:
+            yield None
+            return
 
         def next_number(db: sqlite3.Connection) -> int:
             return int(db.execute("UPDATE numbers SET last = last + 1 RETURNING last").fetchone()[0])
 
         number = await self._desk.write(next_number)
-
-        def copy() -> None:
-            with self._disk.working():
-                self._trees.copy_to_container_ids(active, number)
-
-        await self._in_pool(copy)
-        return number
+        self._copies.add(number)
+        copying = asyncio.ensure_future(self._in_pool(lambda: self._trees.copy_to_container_ids(active, number)))
+        try:
+            await asyncio.shield(copying)
+            yield number
+        except Exception:
+            self._copies.discard(number)
+            # Whatever this leaves the next cleanup takes away.
+            with suppress(FlatmountError, OSError):
+                await self._desk.write(self._hide_unknown)
+                await self._in_pool(self._trees.empty_trash)
+            raise
+        finally:
+            # A request that is cancelled leaves the copying behind, and nobody takes it away under its hands.
+            copying.add_done_callback(lambda done: self._copies.discard(number))
 
     async def remove(self, key: str) -> None:
         """Forget a snapshot. Its mount goes now, its files in `cleanup`."""
@@ -277,20 +297,20 @@ class Snapshots:
 
         Raises: StoreError, naming what could not be deleted; the rest is gone.
         """
-
-        def hide(db: sqlite3.Connection) -> int:
-            # In the writing thread: whoever makes directories does so there, and is in the book or not yet begun.
-            known = {number for (number,) in db.execute("SELECT number FROM snapshots")}
-            return self._trees.hide_unknown(known, lambda n: n in self.flattening.running or self.roots.holds(n))
-
         left = await self._in_pool(self.roots.retry)
-        await self._desk.write(hide)
+        await self._desk.write(self._hide_unknown)
         left += await self._in_pool(self._trees.empty_trash)
         if left:
             raise StoreError(
                 f"cleanup left {len(left)}: {'; '.join(left[:3])}",
                 hint="unmount what uses them and clean up again",
             )
+
+    def _hide_unknown(self, db: sqlite3.Connection) -> int:
+        # In the writing thread: whoever makes directories does so there, and is in the book or not yet begun; those of
+        # a commit's copy are made elsewhere, and known before that.
+        known = {number for (number,) in db.execute("SELECT number FROM snapshots")} | self._copies
+        return self._trees.hide_unknown(known, lambda n: n in self.flattening.running or self.roots.holds(n))
 
     async def counts(self) -> dict[str, int]:
         """Snapshots by kind."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 
@@ -26,11 +27,19 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Trees:
-    """The directories of one store's snapshots. Borrows `disk`; its methods may be called from any thread."""
+    """The directories of one store's snapshots. Borrows `disk`; its methods may be called from any thread.
+
+    `lost` is the highest number that there was when a write to the disk failed, or 0: what was written until then into
+    snapshots up to that number may be lost, and the kernel tells of it once only.
+    """
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._fd = disk.data_fd
+        self._highest = 0
+        self._failures = 0
+        self._syncing = threading.Lock()
+        self.lost = 0
         self.stopping = False
 
     def make(self, snapshot: Snapshot, parent: int | None) -> None:
@@ -60,6 +69,7 @@ class Trees:
             raise _told(error, f"make the directories of snapshot {snapshot.info.name!r}:") from error
 
     def _make_top(self, number: int) -> None:
+        self._highest = max(self._highest, number)
         try:
             os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
         except FileExistsError:
@@ -133,13 +143,18 @@ class Trees:
         It is on disk before it has its name. Raises: StoreError, with nothing left behind.
         """
         new, place = f"snapshots/{number}/flat.new", f"snapshots/{number}/flat"
+        failures = self._failures
         try:
             flatten(self._fd, sources, new, root_source=0)
             self.sync()
+            if self._failures != failures:
+                raise StoreError(f"flatten {number}: a write to {self._disk.data} failed meanwhile")
             os.rename(new, place, src_dir_fd=self._fd, dst_dir_fd=self._fd)
             self._sync_directory(f"snapshots/{number}")
-        except OSError as error:
+        except (OSError, StoreError) as error:
             self._drop(f"snapshots/{number}", "flat.new")
+            if isinstance(error, StoreError):
+                raise
             raise _told(error, f"flatten {number}:") from error
 
     def measure(self, path: str) -> Usage:
@@ -174,23 +189,23 @@ class Trees:
         return Usage(size, count)
 
     def copy_to_container_ids(self, snapshot: Snapshot, number: int) -> None:
-        """Copy an upper that holds host ids into staging, with the container's ids: what a commit publishes.
+        """Copy an upper that holds host ids to snapshots/`number`/fs, with the container's ids: what a commit enters.
 
-        Raises: StoreError, where a file belongs to nobody in the mapping.
+        Raises: StoreError, where a file belongs to nobody in the mapping; nothing is left then.
         """
         assert snapshot.mapping is not None
         inverse = inverted(snapshot.mapping)
-        staging = f"staging/snapshot-{number}"
+        top = f"snapshots/{number}"
         try:
-            os.mkdir(staging, 0o700, dir_fd=self._fd)
+            self._make_top(number)
             root = os.stat(snapshot.fs, dir_fd=self._fd, follow_symlinks=False)
-            os.mkdir(f"{staging}/fs", 0o755, dir_fd=self._fd)
+            os.mkdir(f"{top}/fs", 0o755, dir_fd=self._fd)
             owner = inverse.host_uid(root.st_uid), inverse.host_gid(root.st_gid)
-            os.chown(f"{staging}/fs", *owner, dir_fd=self._fd, follow_symlinks=False)
-            os.chmod(f"{staging}/fs", stat.S_IMODE(root.st_mode), dir_fd=self._fd)
+            os.chown(f"{top}/fs", *owner, dir_fd=self._fd, follow_symlinks=False)
+            os.chmod(f"{top}/fs", stat.S_IMODE(root.st_mode), dir_fd=self._fd)
             source = os.open(snapshot.fs, _DIRECTORY, dir_fd=self._fd)
             try:
-                target = os.open(f"{staging}/fs", _DIRECTORY, dir_fd=self._fd)
+                target = os.open(f"{top}/fs", _DIRECTORY, dir_fd=self._fd)
                 try:
                     copy_tree(source, target, inverse)
                 finally:
@@ -198,24 +213,28 @@ class Trees:
             finally:
                 os.close(source)
         except OSError as error:
-            self._disk.discard(staging)
+            with suppress(OSError):
+                self._disk.discard(top)
             raise _told(error, f"commit snapshot {snapshot.info.name!r} in its container's ids:") from error
 
-    def publish(self, number: int) -> None:
-        """Move what `copy_to_container_ids` made to its place, durably."""
-        os.rename(f"staging/snapshot-{number}", f"snapshots/{number}", src_dir_fd=self._fd, dst_dir_fd=self._fd)
-        self._sync_directory("snapshots")
-
     def sync(self) -> None:
-        """Everything written so far is on disk when this returns: syncfs(2). Raises: StoreError."""
-        try:
-            sync_filesystem(self._fd)
-        except OSError as error:
-            raise _told(error, f"write {self._disk.data} to disk:") from error
+        """Everything written so far is on disk when this returns: syncfs(2). Raises: StoreError, once for a failure.
+
+        Who did not get the error must look at `lost`: one open file stands for all, and is told once.
+        """
+        # One at a time: nobody is told that all is well before whoever was told otherwise has noted it.
+        with self._syncing:
+            try:
+                sync_filesystem(self._fd)
+            except OSError as error:
+                self.lost = self._highest
+                self._failures += 1
+                raise _told(error, f"write {self._disk.data} to disk:") from error
 
     def hide_unknown(self, known: set[int], busy: Callable[[int], bool]) -> int:
         """Move every snapshot that is neither `known` nor `busy` out of sight. Returns how many."""
         hidden = 0
+        self._highest = max(self._highest, *known, 0)
         for name in os.listdir(f"{self._disk.data}/snapshots"):
             if not name.isdigit() or (int(name) not in known and not busy(int(name))):
                 self._hide(f"snapshots/{name}")

@@ -1,0 +1,129 @@
+"""Commits of the snapshot service on a disk that fails, and of mapped containers beside other commands."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from flatmount.errors import StoreError
+from flatmount.plan.facts import HostFacts
+from flatmount.snapshotter import trees
+from flatmount.snapshotter.model import Form, Kind, SnapshotExists, Usage
+from flatmount.snapshotter.snapshots import Snapshots
+from flatmount.store import Store
+from flatmount.store.disk import Disk
+
+RANGE = {f"containerd.io/snapshot/{kind}mapping": "0:500000:65536" for kind in ("uid", "gid")}
+
+
+@asynccontextmanager
+async def served(root: Path, facts: HostFacts) -> AsyncIterator[Snapshots]:
+    Store.open(str(root), create=True).close()
+    disk = Disk.open(str(root), create=False)
+    try:
+        snapshots = Snapshots(disk, str(root.parent / "run"), facts, Form.OVERLAY)
+        await snapshots.start()
+        try:
+            yield snapshots
+        finally:
+            await snapshots.close()
+    finally:
+        disk.close()
+
+
+async def clear(snapshots: Snapshots) -> None:
+    for info in reversed(await snapshots.list([])):
+        await snapshots.remove(info.name)
+    await snapshots.cleanup()
+
+
+def test_a_write_that_failed_is_told_to_every_commit_that_it_concerns(
+    tmp_path: Path, facts: HostFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing = [errno.EIO]
+
+    def sync(fd: int) -> None:
+        if failing:  # as the kernel does, which tells each open file once
+            raise OSError(failing.pop(), "Input/output error")
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            await snapshots.create(Kind.ACTIVE, "a", "", {})
+            await snapshots.create(Kind.ACTIVE, "b", "", {})
+            with pytest.raises(StoreError, match="Input/output error"):
+                await snapshots.commit("layer-a", "a", "", {})
+            for key in ("a", "b"):
+                with pytest.raises(StoreError, match="may not have reached the disk"):
+                    await snapshots.commit(f"layer-{key}", key, "", {})
+            await snapshots.create(Kind.ACTIVE, "c", "", {})
+            await snapshots.commit("layer-c", "c", "", {})
+            await clear(snapshots)
+
+    monkeypatch.setattr(trees, "sync_filesystem", sync)
+    asyncio.run(play())
+
+
+def test_a_flat_tree_is_not_taken_whose_writing_may_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Store.open(str(tmp_path), create=True).close()
+    disk = Disk.open(str(tmp_path), create=False)
+    try:
+        own = trees.Trees(disk)
+        os.makedirs(f"{disk.data}/snapshots/1/fs/directory")
+
+        def flatten(fd: int, sources: tuple[str, ...], target: str, *, root_source: int) -> None:
+            os.mkdir(target, dir_fd=fd)
+            with pytest.raises(StoreError), monkeypatch.context() as patch:  # a commit beside it gets the error
+                patch.setattr(trees, "sync_filesystem", lambda fd: os.close(-1))
+                own.sync()
+
+        monkeypatch.setattr(trees, "flatten", flatten)
+        with pytest.raises(StoreError, match="failed meanwhile"):
+            own.flatten(1, ("snapshots/1/fs",))
+        assert os.listdir(f"{disk.data}/snapshots/1") == ["fs"]
+    finally:
+        disk.close()
+
+
+def test_a_mapped_commit_survives_another_command_and_leaves_nothing_when_it_fails(
+    tmp_path: Path, facts: HostFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "store"
+    measure = trees.Trees.measure
+
+    def measured(self: trees.Trees, path: str) -> Usage:
+        Store.open(str(root)).close()  # what any other command does first, and sweeps
+        return measure(self, path)
+
+    async def play() -> None:
+        async with served(root, facts) as snapshots:
+            await snapshots.create(Kind.ACTIVE, "base", "", {})
+            await snapshots.commit("image", "base", "", {})
+            await snapshots.create(Kind.ACTIVE, "one", "image", RANGE)
+            data = root / "v1/data"
+            upper = max((path for path in (data / "snapshots").iterdir()), key=lambda path: int(path.name)) / "fs"
+            (upper / "file").write_text("content")
+            os.chown(upper / "file", 500007, 500007)
+            before = sorted(os.listdir(data / "snapshots"))
+            with pytest.raises(SnapshotExists):
+                await snapshots.commit("image", "one", "", {})
+            assert sorted(os.listdir(data / "snapshots")) == before
+            assert not os.listdir(data / "staging")
+            assert not os.listdir(data / "trash")
+            await snapshots.commit("changed", "one", "", {})
+            (copy,) = set(os.listdir(data / "snapshots")) - set(before)
+            status = (data / f"snapshots/{copy}/fs/file").stat()
+            assert (status.st_uid, status.st_gid) == (7, 7)
+            await snapshots.cleanup()
+            assert (data / f"snapshots/{copy}/fs/file").read_text() == "content"
+            await clear(snapshots)
+
+    monkeypatch.setattr(trees.Trees, "measure", measured)
+    asyncio.run(play())
