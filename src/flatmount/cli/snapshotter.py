@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import suppress
 from dataclasses import replace
 
 from flatmount.cli.common import root_directory, run_directory, size, store_root_option
@@ -64,9 +65,15 @@ def _diff(args: argparse.Namespace) -> int:
             written = write_layer(disk, snapshot, parent, sys.stdout.buffer)
             sys.stdout.buffer.flush()
         else:
-            with open(args.output + ".new", "wb") as file:
-                written = write_layer(disk, snapshot, parent, file)
-            os.replace(args.output + ".new", args.output)
+            new = args.output + ".new"
+            try:
+                with open(new, "wb") as file:
+                    written = write_layer(disk, snapshot, parent, file)
+                os.replace(new, args.output)
+            except BaseException:
+                with suppress(OSError):
+                    os.unlink(new)
+                raise
     finally:
         disk.close()
     print(f"{written.diff_id}  {written.entries} entries, {size(written.size_bytes)}", file=sys.stderr)

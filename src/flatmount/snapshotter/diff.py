@@ -12,7 +12,8 @@ import os
 import stat
 import struct
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, cast
 
@@ -26,7 +27,9 @@ from flatmount.store.database import Database
 from flatmount.store.disk import Disk
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CONTENT = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CONTENT = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+# What a name stands for, without opening it: a container may put a device in its place at any moment.
+_THING = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _OVERLAY = "trusted.overlay."
 _ACLS = ("system.posix_acl_access", "system.posix_acl_default")
 _CAPABILITY = "security.capability"
@@ -84,10 +87,11 @@ def write_layer(disk: Disk, snapshot: Snapshot, parent: Snapshot | None, out: IO
 
     Owners, those in ACLs and the root of file capabilities are the image's. Whiteouts and opaque directories become the
     files that OCI names; overlayfs's own attributes are left out, and so are sockets, which no archive can hold. The
-    snapshot may be in use: a file that shrinks meanwhile is filled up with zeros.
+    snapshot may be in use: a file that shrinks meanwhile is filled up with zeros, and one that is removed is left out.
+    A descriptor is held for each directory above the one that is read.
 
     Raises: MappingError, where a file belongs to nobody in the container's range; StoreError for a name that OCI keeps
-    for itself.
+    for itself, and for an attribute whose name is not UTF-8.
     """
     counted = _Counted(out)
     with tarfile.open(fileobj=cast("IO[bytes]", counted), mode="w|", format=tarfile.PAX_FORMAT) as tar:
@@ -129,8 +133,8 @@ class _Layer:
         root = os.open(self._snapshot.fs, _DIRECTORY, dir_fd=self._disk.data_fd)
         try:
             if parent is not None and self._root_changed(root, parent):
-                self._add("./", os.fstat(root), _proc(root))
-            self._directory(root, "")
+                self._add("./", os.fstat(root), root)
+            self._below(root)
         finally:
             os.close(root)
 
@@ -140,25 +144,45 @@ class _Layer:
         mine = (stat.S_IMODE(own.st_mode), self._uid(own.st_uid), self._gid(own.st_gid))
         return mine != (stat.S_IMODE(below.st_mode), below.st_uid, below.st_gid)
 
-    def _directory(self, fd: int, path: str) -> None:
-        for name in sorted(os.listdir(fd)):
-            if name.startswith(WHITEOUT):
-                raise StoreError(f"{path}{name} cannot be in a layer: OCI keeps names with {WHITEOUT} for itself")
-            status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-            whole = f"{path}{name}"
+    def _below(self, root: int) -> None:
+        # Not by recursion: a container may make directories deeper than Python's stack.
+        above: list[tuple[int, str, Iterator[str]]] = [(os.dup(root), "", _names(root))]
+        try:
+            while above:
+                fd, path, names = above[-1]
+                name = next(names, None)
+                if name is None:
+                    os.close(fd)
+                    above.pop()
+                    continue
+                with suppress(FileNotFoundError):  # removed since it was listed
+                    below = self._entry(fd, path, name)
+                    if below is not None:
+                        above.append((below, f"{path}{name}/", _names(below)))
+        finally:
+            for fd, _, _ in above:
+                os.close(fd)
+
+    def _entry(self, fd: int, path: str, name: str) -> int | None:
+        """Write one entry of a directory. Returns a descriptor to go on in where it is one itself."""
+        if name.startswith(WHITEOUT):
+            raise StoreError(f"{path}{name} cannot be in a layer: OCI keeps names with {WHITEOUT} for itself")
+        whole = f"{path}{name}"
+        thing = os.open(name, _THING, dir_fd=fd)
+        try:
+            status = os.fstat(thing)
             if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
                 self._mark(f"{path}{WHITEOUT}{name}", status)
             elif stat.S_ISDIR(status.st_mode):
-                below = os.open(name, _DIRECTORY, dir_fd=fd)
-                try:
-                    self._add(f"{whole}/", status, _proc(below))
-                    if _attribute(_proc(below), _OVERLAY + "opaque") == b"y":
-                        self._mark(f"{whole}/{OPAQUE}", status)
-                    self._directory(below, f"{whole}/")
-                finally:
-                    os.close(below)
+                self._add(f"{whole}/", status, thing)
+                if _attribute(thing, _OVERLAY + "opaque") == b"y":
+                    self._mark(f"{whole}/{OPAQUE}", status)
+                return os.open(_proc(thing), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             elif not stat.S_ISSOCK(status.st_mode):
-                self._add(whole, status, f"{_proc(fd)}/{name}", (fd, name))
+                self._add(whole, status, thing)
+        finally:
+            os.close(thing)
+        return None
 
     def _mark(self, path: str, status: os.stat_result) -> None:
         entry = tarfile.TarInfo(path)
@@ -166,7 +190,7 @@ class _Layer:
         self._tar.addfile(entry)
         self.entries += 1
 
-    def _add(self, path: str, status: os.stat_result, reachable: str, place: tuple[int, str] | None = None) -> None:
+    def _add(self, path: str, status: os.stat_result, thing: int) -> None:
         entry = tarfile.TarInfo(path)
         records: dict[str, str] = {}
         entry.pax_headers = records
@@ -177,22 +201,21 @@ class _Layer:
         if rest:
             records["mtime"] = f"{seconds}.{rest:09}"
         self.entries += 1
-        if place is not None and status.st_nlink > 1:
+        if not stat.S_ISDIR(status.st_mode) and status.st_nlink > 1:
             first = self._names.setdefault(status.st_ino, path)
             if first != path:
                 entry.type, entry.linkname = tarfile.LNKTYPE, first
                 self._tar.addfile(entry)
                 return
-        for name, value in self._attributes(reachable):
+        for name, value in self._attributes(path, thing):
             records[f"SCHILY.xattr.{name}"] = value.decode("utf-8", "surrogateescape")
-        if stat.S_ISREG(status.st_mode) and place is not None:
+        if stat.S_ISREG(status.st_mode):
             entry.size = status.st_size
-            fd = os.open(place[1], _CONTENT, dir_fd=place[0])
-            with open(fd, "rb") as file:
+            with open(os.open(_proc(thing), _CONTENT), "rb") as file:
                 self._tar.addfile(entry, _Exactly(file))
             return
-        if stat.S_ISLNK(status.st_mode) and place is not None:
-            entry.type, entry.linkname = tarfile.SYMTYPE, os.readlink(place[1], dir_fd=place[0])
+        if stat.S_ISLNK(status.st_mode):
+            entry.type, entry.linkname = tarfile.SYMTYPE, os.readlink("", dir_fd=thing)
         elif stat.S_ISDIR(status.st_mode):
             entry.type = tarfile.DIRTYPE
         elif stat.S_ISFIFO(status.st_mode):
@@ -202,12 +225,16 @@ class _Layer:
             entry.devmajor, entry.devminor = os.major(status.st_rdev), os.minor(status.st_rdev)
         self._tar.addfile(entry)
 
-    def _attributes(self, path: str) -> list[tuple[str, bytes]]:
+    def _attributes(self, path: str, thing: int) -> list[tuple[str, bytes]]:
         found = []
-        for name in sorted(os.listxattr(path, follow_symlinks=_is_descriptor(path))):
+        for name in sorted(os.listxattr(_proc(thing))):
             if name.startswith(_OVERLAY):
                 continue
-            value = _attribute(path, name)
+            if not _is_utf8(name):
+                raise StoreError(f"{path!r} cannot be in a layer: the name of its attribute {name!r} is not UTF-8")
+            value = _attribute(thing, name)
+            if value is None:
+                continue
             if name in _ACLS:
                 value = self._acl(value)
             elif name == _CAPABILITY:
@@ -240,19 +267,27 @@ def _capability(value: bytes) -> bytes:
     return _CAP_WORD.pack(magic & ~_CAP_REVISIONS | _CAP_2) + value[_CAP_WORD.size : _CAP_2_BYTES]
 
 
+def _names(directory: int) -> Iterator[str]:
+    try:
+        yield from sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return  # removed while it was open
+
+
 def _proc(fd: int) -> str:
     return f"/proc/self/fd/{fd}"
 
 
-def _is_descriptor(path: str) -> bool:
-    # /proc/self/fd/N itself is a link to what is open; a name behind it is taken as it is.
-    return path.count("/") == 4
+def _is_utf8(name: str) -> bool:
+    # Bytes that are not came from the kernel as lone surrogates.
+    return not any("\udc80" <= letter <= "\udcff" for letter in name)
 
 
-def _attribute(path: str, name: str) -> bytes:
+def _attribute(thing: int, name: str) -> bytes | None:
+    """An attribute of what is open, which may be a link; None for none."""
     try:
-        return os.getxattr(path, name, follow_symlinks=_is_descriptor(path))
+        return os.getxattr(_proc(thing), name)
     except OSError as error:
         if error.errno != errno.ENODATA:
             raise
-        return b""
+        return None
