@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flatmount.cli.main import main
-from flatmount.errors import FlatmountError
+from flatmount.errors import FlatmountError, UsageError
 from flatmount.snapshotter.containerd import inspect, install, section, uninstall
 
 SOCKET = "/run/flatmount/snapshotter.sock"
@@ -20,6 +20,14 @@ FILES = {
     '    snapshotter = "overlayfs"  # ours\n    default_runtime_name = "runc"\n[grpc]\n  address = "/a"\n',
     "cri 2 without": 'version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd]\n  no_pivot = false\n',
     "cri 3": "version = 3\n[plugins.'io.containerd.cri.v1.images']\n  snapshotter = 'overlayfs'\n",
+    "cri 2 by its runtime": 'version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]\n'
+    '  runtime_type = "io.containerd.runc.v2"\n',
+    "cri 3 by its registry": "version = 3\n[plugins.'io.containerd.cri.v1.images'.registry]\n  config_path = '/c'\n",
+    "arrays in lines": 'version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd]\n  some = [\n    [1],\n'
+    '    [2]\n  ]\n  snapshotter = "native"\n[plugins."io.containerd.grpc.v1.cri"]\n  snapshotter = "another"\n',
+    "lines of a string": 'version = 3\n[plugins."io.containerd.cri.v1.images"]\n  note = """\n[grpc]\n'
+    'snapshotter = "x"\n"""\n  snapshotter = "native"\n',
+    "only the header": 'version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd]',
     "others": 'version = 2\n[proxy_plugins]\n  [proxy_plugins.stargz]\n    type = "snapshot"\n    address = "/s"\n',
 }
 
@@ -58,6 +66,19 @@ def test_what_cannot_be_changed_is_refused(text: str) -> None:
 def test_the_section_by_hand() -> None:
     assert inspect("version = 3\n" + section(3, SOCKET, cri=True)).cri
     assert not inspect("version = 2\n" + section(2, SOCKET, cri=False)).cri
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'version = 2\n[plugins."io.containerd.grpc.v1.cri"]\n  containerd.no_pivot = false\n',
+        'version = 2\n[plugins."io.containerd.grpc.v1.cri"]\n  containerd = { snapshotter = "native" }\n',
+        'version = 3\n[plugins."io.containerd.cri.v1.images"]\n  snapshotter = """native\n"""\n',
+    ],
+)
+def test_what_a_table_of_cri_cannot_be_added_to_is_refused_as_that(text: str) -> None:
+    with pytest.raises(UsageError, match="another form"):
+        install(text, SOCKET, cri=True)
 
 
 @pytest.mark.parametrize("there", [True, False])

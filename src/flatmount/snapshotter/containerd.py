@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +21,7 @@ BEGIN = "# flatmount: begin; `flatmount containerd uninstall` takes this out"
 END = "# flatmount: end"
 _WAS = "  # flatmount: was "
 _BLOCK = re.compile(rf"\n?{re.escape(BEGIN)}\n.*?{re.escape(END)}\n", re.DOTALL)
-_HEADER = re.compile(r"\s*\[")
+_KEY = re.compile(r"""\s*["']?snapshotter["']?\s*=""")
 
 # The table that names CRI's snapshotter, by the version of the file.
 _CRI = {
@@ -53,7 +55,7 @@ def section(version: int, socket: str, *, cri: bool) -> str:
     # "rebase", from containerd 2.2 on: layers are unpacked side by side and get their parents at the commit.
     lines.append('  capabilities = ["remap-ids", "rebase"]')
     if cri:
-        lines += ["", f"[{_dotted(_CRI[version])}]", f'  snapshotter = "{NAME}"', *_for_successors(version)]
+        lines += [*_naming(_CRI[version]), *_for_successors(version)]
     return "\n".join(lines) + "\n"
 
 
@@ -63,7 +65,11 @@ def _for_successors(version: int) -> list[str]:
     2.1.9 loses it where the file has no table of a runtime, and then takes its own overlayfs without a word. 1.x knows
     no plugin of that name and passes over it.
     """
-    return ["", f"[{_dotted(_CRI[3])}]", f'  snapshotter = "{NAME}"'] if version == 2 else []
+    return _naming(_CRI[3]) if version == 2 else []
+
+
+def _naming(table: tuple[str, ...]) -> list[str]:
+    return ["", f"[{_dotted(table)}]", f'  snapshotter = "{NAME}"']
 
 
 def install(text: str, socket: str, *, cri: bool) -> str:
@@ -81,12 +87,15 @@ def install(text: str, socket: str, *, cri: bool) -> str:
         raise UsageError(
             f"the configuration has a [proxy_plugins.{NAME}] that is not ours", hint="remove it there and try again"
         )
-    in_place = cri and bool(_table(_parsed(clean), _CRI[version]))
-    if in_place:
-        clean = _set_snapshotter(clean, _dotted(_CRI[version]))
-    body = section(version, socket, cri=cri and not in_place)
-    if in_place and not _table(_parsed(clean), _CRI[3]):
-        body += "\n".join(_for_successors(version)) + "\n"
+    in_place = _with_snapshotter(clean, _CRI[version]) if cri else None
+    body = section(version, socket, cri=False)
+    if in_place is not None:
+        clean = in_place
+    elif cri:
+        # Also where others have added tables below it: one that none of them begins may still be begun.
+        body += "\n".join(_naming(_CRI[version])) + "\n"
+    if cri and not _table(_parsed(clean), _CRI[3]):
+        body += "".join(f"{line}\n" for line in _for_successors(version))
     made = clean + ("" if not clean or clean.endswith("\n") else "\n") + f"\n{BEGIN}\n{body}{END}\n"
     try:
         found = inspect(made)
@@ -94,7 +103,7 @@ def install(text: str, socket: str, *, cri: bool) -> str:
         found = None
     if found is None or found.socket != socket or found.cri < cri:
         raise UsageError(
-            "the configuration is written so that a section cannot be added (inline tables?)",
+            "the configuration has its tables in another form than a section can be added to (inline tables?)",
             hint="`flatmount containerd install --print` shows what to add by hand",
         )
     return made
@@ -113,21 +122,32 @@ def uninstall(text: str) -> str:
     return "".join(kept)
 
 
-def _set_snapshotter(text: str, table: str) -> str:
-    """Change or add the line in a table that is there."""
-    lines = text.splitlines(keepends=True)
-    header = re.compile(rf"\s*\[\s*{re.escape(table)}\s*\]")
-    at = next((i for i, line in enumerate(lines) if header.match(line.replace("'", '"'))), None)
-    if at is None:
-        raise UsageError(f"the configuration has the table {table} in another form", hint="set its snapshotter by hand")
-    end = next((i for i in range(at + 1, len(lines)) if _HEADER.match(lines[i])), len(lines))
+def _with_snapshotter(text: str, table: tuple[str, ...]) -> str | None:
+    """The text with our name in a table that it begins, or None where it begins none of that name."""
+    wanted = _parsed(text)
+    found: Any = wanted
+    for name in table:
+        found = found.setdefault(name, {}) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    found["snapshotter"] = NAME
+    for made in _changed(text.splitlines(keepends=True), table):
+        # Only what a parser says tells a table's beginning from an array's line, or from a line of a string.
+        with suppress(tomllib.TOMLDecodeError):
+            if tomllib.loads(made) == wanted:
+                return made
+    return None
+
+
+def _changed(lines: list[str], table: tuple[str, ...]) -> Iterator[str]:
+    header = re.compile(rf"\s*\[\s*{re.escape(_dotted(table))}\s*\]")
     ours = f'snapshotter = "{NAME}"{_WAS}'
-    for i in range(at + 1, end):
-        if re.match(r"\s*snapshotter\s*=", lines[i]):
-            lines[i] = ours + lines[i]
-            return "".join(lines)
-    lines.insert(at + 1, ours + "nothing\n")
-    return "".join(lines)
+    for at in (i for i, line in enumerate(lines) if header.match(line.replace("'", '"'))):
+        for i in range(at + 1, len(lines)):
+            if _KEY.match(lines[i]):
+                yield "".join([*lines[:i], ours + lines[i], *lines[i + 1 :]])
+        end = "" if lines[at].endswith("\n") else "\n"
+        yield "".join([*lines[: at + 1], end, ours + "nothing\n", *lines[at + 1 :]])
 
 
 def _parsed(text: str) -> dict[str, Any]:
