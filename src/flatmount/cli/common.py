@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, UsageError
@@ -89,6 +92,21 @@ def tell_stuck(removed: Removed) -> int:
     for told in removed.stuck:
         print(f"flatmount: {told}", file=sys.stderr)
     return EXIT_FAILED if removed.stuck else EXIT_FINE
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does: what it has started is taken away before the command ends.
+
+    A SIGHUP that is ignored (nohup) stays ignored. For the main thread.
+    """
+    numbers = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, signal.default_int_handler) for one in numbers}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def whole(text: str, what: str, *, least: int, most: int) -> int:

@@ -13,7 +13,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from flatmount.cli.common import json_option, print_json, root_directory, run_directory, store_root_option
+from flatmount.cli.common import (
+    interruptible,
+    json_option,
+    print_json,
+    root_directory,
+    run_directory,
+    store_root_option,
+)
 from flatmount.config import SNAPSHOT_FORMS
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, FlatmountError, MissingFeature, UsageError
 from flatmount.kernel.namespaces import enter_private_mounts
@@ -190,9 +197,10 @@ def _prove(args: argparse.Namespace) -> int:
         raise UsageError(f"there is no door {sorted(unknown)[0]!r}", hint=f"there are {', '.join(DOORS)}")
     root = root_directory(args)
     enter_private_mounts()
-    proofs = prove(
-        doors, lambda path, layers: write_tiny_image(path, layers, waits=True), form=args.form, programs=args.engine
-    )
+    with interruptible():
+        proofs = prove(
+            doors, lambda path, layers: write_tiny_image(path, layers, waits=True), form=args.form, programs=args.engine
+        )
     record_proofs(root, proofs)
     if args.json:
         print_json("containerd.prove", {"proofs": [asdict(proof) for proof in proofs]})

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from flatmount.cli.common import json_option, run_directory, whole
+from flatmount.cli.common import interruptible, json_option, run_directory, whole
 from flatmount.cli.storm import progress_line
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, FlatmountError, UsageError
 from flatmount.kernel.namespaces import enter_private_mounts
@@ -83,7 +83,7 @@ def _engines(args: argparse.Namespace) -> TraceReport:
     progress = progress_line()
     enter_private_mounts()
     sweep(run_directory())
-    with workplace(run_directory(), "trace") as place:
+    with interruptible(), workplace(run_directory(), "trace") as place:
         runs, absent = trace_engines(tuple(dict.fromkeys(args.engine.split(","))), layers, place, progress)
     progress("")
     return TraceReport(taken_at, this_host(), runs, absent)

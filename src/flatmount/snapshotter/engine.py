@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
+import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from flatmount.errors import FlatmountError, MissingFeature, StoreError
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import read_table
+from flatmount.kernel.process import owned_name, owner_is_gone
 from flatmount.kernel.tree import remove_tree
 from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
-from flatmount.runtime.daemons import end_program, start_program, wait_for
+from flatmount.runtime.daemons import SHIMS, end_program, kill_those_of, start_program, wait_for
 from flatmount.snapshotter import containerd
 
 PAUSE_IMAGE = "localhost/flatmount-pause:latest"
@@ -28,6 +30,8 @@ _VERSION = re.compile(r"\bv?(\d+\.\d+\.\d+)")
 
 _COMMAND_S = 120.0
 _PLACE = "/var/tmp"
+_PREFIX = "flatmount-engine-"
+_DAEMONS = (*SHIMS, "containerd", "dockerd", "snapshotter")
 
 _TOP = """version = 2
 root = "{place}/root"
@@ -134,28 +138,44 @@ class Engine:
 def engine_place() -> Iterator[str]:
     """A fresh directory below /var/tmp that a runtime in a user namespace can walk through; gone afterwards.
 
-    What an engine that has ended left mounted in it is taken off first: nothing is ever deleted through a mount.
+    What an engine that has ended left mounted in it is taken off first: nothing is ever deleted through a mount. What
+    commands that were killed have left of theirs, daemons and containers included, goes as well.
     Raises: StoreError, where it cannot be removed.
     """
-    path = tempfile.mkdtemp(prefix="flatmount-engine-", dir=_PLACE)
+    _sweep()
+    path = os.path.join(_PLACE, owned_name(_PREFIX + secrets.token_hex(4)))
+    os.mkdir(path, 0o700)
     os.chmod(path, 0o711)
     try:
         yield path
     finally:
-        # What is below it is of engines that have ended.
-        for point in sorted(
-            (e.mount_point for e in read_table() if e.mount_point.startswith(f"{path}/")), reverse=True
-        ):
-            run_once(MountPlan((Unmount(point, UnmountFlag.DETACH | UnmountFlag.NOFOLLOW),), keep_going=True))
-        parent = os.open(_PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            remove_tree(parent, os.path.basename(path))
-        except OSError as error:
-            raise StoreError(
-                f"{path} cannot be removed: {error}", hint="unmount what is in it and remove it"
-            ) from error
-        finally:
-            os.close(parent)
+        _clear(path)
+
+
+def _sweep() -> None:
+    for name in os.listdir(_PLACE):
+        path = os.path.join(_PLACE, name)
+        if not name.startswith(_PREFIX) or not owner_is_gone(name):
+            continue
+        # Anybody may make such a name there. What cannot go now is tried again by the next.
+        with suppress(OSError, StoreError):
+            status = os.lstat(path)
+            if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                kill_those_of(path, _DAEMONS)
+                _clear(path)
+
+
+def _clear(path: str) -> None:
+    # What is below it is of engines that have ended.
+    for point in sorted((e.mount_point for e in read_table() if e.mount_point.startswith(f"{path}/")), reverse=True):
+        run_once(MountPlan((Unmount(point, UnmountFlag.DETACH | UnmountFlag.NOFOLLOW),), keep_going=True))
+    parent = os.open(_PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        remove_tree(parent, os.path.basename(path))
+    except OSError as error:
+        raise StoreError(f"{path} cannot be removed: {error}", hint="unmount what is in it and remove it") from error
+    finally:
+        os.close(parent)
 
 
 @contextmanager
@@ -197,7 +217,10 @@ def running_engine(place: str, *, form: str = "auto", cri: bool = False, program
             wait_for(lambda: _serves(engine), daemon, f"{place}/containerd.log")
             yield engine
         finally:
-            end_program(daemon)
+            try:
+                end_program(daemon)
+            finally:
+                kill_those_of(place)
     finally:
         end_program(service)
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from flatmount.errors import FlatmountError, StoreError
 from flatmount.kernel.mounts import read_table
 from flatmount.plan.mapping import Mapping
+from flatmount.runtime.daemons import afterwards
 from flatmount.snapshotter.cri import Pods
 from flatmount.snapshotter.docker import running_docker
 from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, engine_place, running_engine
@@ -143,23 +144,19 @@ def _ctr_container(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[li
     options: list[str] = []
     if mapping is not None:
         options = ["--uidmap", str(mapping.uids[0]), "--gidmap", str(mapping.gids[0]), "--remap-labels"]
-    engine.ctr("run", "--detach", "--snapshotter", "flatmount", *options, PAUSE_IMAGE, "proof")
-    try:
+    with afterwards(lambda: engine.remove("proof")):
+        engine.ctr("run", "--detach", "--snapshotter", "flatmount", *options, PAUSE_IMAGE, "proof")
         yield ["proof"], [engine.tasks()["proof"]]
-    finally:
-        engine.remove("proof")
 
 
 @contextmanager
 def _pod(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[list[str], list[int]]]:
     with Pods(engine.socket) as pods:
         pod, config = pods.run("proof", mapping=mapping)
-        try:
+        with afterwards(lambda: pods.remove(pod)):
             container = pods.start(pod, config, PAUSE_IMAGE)
             tasks = engine.tasks(_NAMES["cri"])
             yield [pod, container], [tasks[pod], tasks[container]]
-        finally:
-            pods.remove(pod)
 
 
 @contextmanager
@@ -167,12 +164,14 @@ def _docker_container(engine: Engine, archive: str) -> Iterator[tuple[list[str],
     with running_docker(engine) as docker:
         said = docker("load", "-i", archive).split()
         name = docker("run", "--detach", "--network", "none", said[-1]).strip()
-        try:
-            process = int(docker("inspect", "--format", "{{.State.Pid}}", name))
-            yield [name], [process]
-        finally:
+
+        def remove() -> None:
             docker("rm", "--force", name)
             docker("rmi", "--force", said[-1])
+
+        with afterwards(remove):
+            process = int(docker("inspect", "--format", "{{.State.Pid}}", name))
+            yield [name], [process]
 
 
 def _mount_points() -> set[str]:

@@ -15,12 +15,12 @@ import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from flatmount.errors import FlatmountError, MissingFeature
 from flatmount.runtime import cgroups
+from flatmount.runtime.daemons import kill_those_of
 from flatmount.store import StoredImage
 from flatmount.storm.engines.base import Ask
 from flatmount.storm.engines.runc import document, spec_json
@@ -143,7 +143,7 @@ class ContainerdEngine:
             except subprocess.TimeoutExpired:
                 self._daemon.kill()
                 self._daemon.wait()
-        _kill_those_of(self._base)
+        kill_those_of(self._base)
 
     def start(self, ask: Ask) -> Started:
         """A snapshot, a container, a task, and its start."""
@@ -244,16 +244,6 @@ class ContainerdEngine:
         os.unlink(archive)
         if done.returncode != 0:
             raise FlatmountError(f"containerd does not take the image: {' '.join(done.stderr.split())}")
-
-
-def _kill_those_of(base: str) -> None:
-    """Shims that a daemon left which had to be killed: they carry its socket in their arguments."""
-    for name in filter(str.isdigit, os.listdir("/proc")):
-        with suppress(OSError):
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                words = file.read().split(b"\0")
-            if b"containerd-shim" in words[0] and any(word.startswith(base.encode()) for word in words):
-                os.kill(int(name), signal.SIGKILL)
 
 
 def _varint(value: int) -> bytes:
