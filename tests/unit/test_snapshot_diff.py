@@ -76,6 +76,23 @@ def test_what_is_removed_meanwhile_is_left_out(disk: Disk, upper: Path, monkeypa
     assert set(layer(disk)) == {"b", "d"}
 
 
+def test_a_snapshot_that_is_removed_meanwhile_is_no_layer(
+    disk: Disk, upper: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (upper / "file").write_text("content")
+    listdir = os.listdir
+
+    def listed(path: int) -> list[str]:
+        names = listdir(path)
+        (upper / "file").unlink()
+        upper.parent.rename(Path(disk.data, "trash/1"))
+        return names
+
+    monkeypatch.setattr(os, "listdir", listed)
+    with pytest.raises(StoreError, match="was removed while it was read"):
+        layer(disk)
+
+
 def test_directories_may_be_deep(disk: Disk, upper: Path) -> None:
     depth = 1200
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

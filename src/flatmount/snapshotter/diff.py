@@ -91,7 +91,7 @@ def write_layer(disk: Disk, snapshot: Snapshot, parent: Snapshot | None, out: IO
     A descriptor is held for each directory above the one that is read.
 
     Raises: MappingError, where a file belongs to nobody in the container's range; StoreError for a name that OCI keeps
-    for itself, and for an attribute whose name is not UTF-8.
+    for itself, for an attribute whose name is not UTF-8, and for a snapshot that is removed meanwhile.
     """
     counted = _Counted(out)
     with tarfile.open(fileobj=cast("IO[bytes]", counted), mode="w|", format=tarfile.PAX_FORMAT) as tar:
@@ -135,8 +135,18 @@ class _Layer:
             if parent is not None and self._root_changed(root, parent):
                 self._add("./", os.fstat(root), root)
             self._below(root)
+            # Files that are gone are left out; a whole snapshot that is being deleted is no layer.
+            if not self._is_there(root):
+                raise StoreError(f"snapshot {self._snapshot.info.name!r} was removed while it was read")
         finally:
             os.close(root)
+
+    def _is_there(self, root: int) -> bool:
+        try:
+            status = os.stat(self._snapshot.fs, dir_fd=self._disk.data_fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(status, os.fstat(root))
 
     def _root_changed(self, root: int, parent: Snapshot) -> bool:
         own = os.fstat(root)
