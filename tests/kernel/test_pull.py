@@ -247,7 +247,10 @@ def test_a_pull_that_is_ended(registry: FakeRegistry, tmp_path: Path, how: signa
 
     registry.fault(wanted, stalls)
     command = [sys.executable, "-m", "flatmount", "image", "pull", f"{registry.host}/app:v1", "--plain-http"]
-    with subprocess.Popen([*command, "--root", str(root)], stderr=subprocess.PIPE, text=True) as running:
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(
+        [*command, "--root", str(root)], stderr=subprocess.PIPE, text=True, env=environment
+    ) as running:
         try:
             deadline = time.monotonic() + 30
             while not registry.asked(wanted) and time.monotonic() < deadline:
@@ -256,6 +259,9 @@ def test_a_pull_that_is_ended(registry: FakeRegistry, tmp_path: Path, how: signa
             assert running.poll() is None
             running.send_signal(how)
             _, said = running.communicate(timeout=15)
+        except subprocess.TimeoutExpired:
+            running.send_signal(signal.SIGABRT)  # faulthandler says where each thread waits
+            pytest.fail(running.communicate(timeout=15)[1])
         finally:
             running.kill()
     if how is signal.SIGINT:
