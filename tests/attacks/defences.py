@@ -460,7 +460,7 @@ DEFENCES = (
     ),
     Defence(
         "a failure is undone",
-        ((IMPORTING, "        for number in self._numbers:\n            self._discard(number)", "        pass"),),
+        ((IMPORTING, 'for number in self._database.unbooked("layers", self._numbers):', "for number in ():"),),
         ("kernel/test_pull.py::test_a_failure_leaves_the_store_as_it_was", DAMAGED),
     ),
     Defence(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -237,6 +237,18 @@ class Database:
             return {
                 kind: {row[0] for row in db.execute(f"SELECT number FROM {table}")} for kind, table in tables.items()
             }
+
+    def unbooked(self, kind: str, numbers: Iterable[int]) -> tuple[int, ...]:
+        """Those of `numbers` that the book has no tree of: what an undoing may delete.
+
+        An interrupt can come when a commit is done and before anybody knows of it. Where the book cannot be asked, none
+        of them: the next sweep takes what it does not know.
+        """
+        try:
+            known = self.known_trees()[kind]
+        except StoreError:
+            return ()
+        return tuple(number for number in numbers if number not in known)
 
     @contextmanager
     def _told(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -302,8 +303,10 @@ class _Import:
         with self._database.transaction() as db:
             numbers = [self._book_layer(db, placed) for placed in self._placed]
             self._book_image(db, numbers, name)
-        for number in set(new) - set(numbers):
-            self._discard(number)
+        # The image is in the book: what another import was faster with is the sweep's where it cannot go now.
+        with contextlib.suppress(OSError):
+            for number in set(new) - set(numbers):
+                self._discard(number)
 
     def _book_layer(self, db: sqlite3.Connection, placed: _Placed) -> int:
         """The layer's number from now on: another one, when somebody else was faster with the same layer."""
@@ -343,8 +346,8 @@ class _Import:
         book_origin(db, manifest.digest, self._image.origin)
 
     def undo(self) -> None:
-        """Leave the store as it was. Nothing of this is in the book."""
-        for number in self._numbers:
+        """Leave the store as it was: what is in the book by now, in the moment of an interrupt, stays."""
+        for number in self._database.unbooked("layers", self._numbers):
             self._discard(number)
 
     def _discard(self, number: int) -> None:

@@ -106,9 +106,10 @@ def _replace_layer(disk: Disk, database: Database, finding: Finding, sources: Se
                     (new, *layer_facts(unpacked), old),
                 )
         except BaseException:
-            for tree in (f"staging/{new}", f"layers/{new}"):
-                disk.discard(tree)
-            disk.drop_entries(new)
+            for number in database.unbooked("layers", [new]):
+                for tree in (f"staging/{number}", f"layers/{number}"):
+                    disk.discard(tree)
+                disk.drop_entries(number)
             raise
         for tree in (*trees, f"layers/{old}"):
             disk.discard(tree)

@@ -227,8 +227,9 @@ class Trees:
                     raise UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
                 book(db, number)
         except BaseException as error:
-            self._disk.discard(f"staging/{number}")
-            self._disk.discard(f"{kind}/{number}")
+            for unknown in self._database.unbooked(kind, [number]):
+                self._disk.discard(f"staging/{unknown}")
+                self._disk.discard(f"{kind}/{unknown}")
             if isinstance(error, OSError):
                 raise from_os_error(error, f"build the {kind} tree of {image.digest}:") from error
             if isinstance(error, StoreError):
