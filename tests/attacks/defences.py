@@ -271,6 +271,14 @@ DEFENCES = (
         (f"{HOSTILE}[no such device]",),
     ),
     Defence(
+        "roots are nodev",
+        (
+            ("src/flatmount/strategies/parts.py", "= MountAttribute.NODEV\n", "= MountAttribute.NONE\n"),
+            ("src/flatmount/strategies/usual.py", "MountFlag.NODEV", "MountFlag.NONE"),
+        ),
+        ("kernel/test_hostile.py::test_a_device_node_in_a_mounted_root_cannot_be_opened",),
+    ),
+    Defence(
         "setuid programs are out of reach",
         ((DISK, "        _make(os.path.join(base, name), 0o700)", "        _make(os.path.join(base, name), 0o755)"),),
         ("kernel/test_hostile.py::test_setuid_programs_are_out_of_reach_for_other_users",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import io
@@ -24,12 +25,13 @@ from trees import facts, listing
 from flatmount.errors import BadImage, FlatmountError, StoreError
 from flatmount.kernel.probes import probe
 from flatmount.plan.mapping import Mapping
+from flatmount.rootfs import assemble
 from flatmount.rootfs.assembler import Assembler
 from flatmount.rootfs.image import choose_for, specification
 from flatmount.rootfs.ranges import RangePool
-from flatmount.store import Store, StoredImage
+from flatmount.store import FlatForm, Store, StoredImage
 from flatmount.store import unpack as unpacking
-from flatmount.strategies import Upper
+from flatmount.strategies import STRATEGIES, Upper
 
 
 @pytest.fixture
@@ -158,6 +160,26 @@ def test_setuid_programs_are_out_of_reach_for_other_users(store: Store, tmp_path
     done = subprocess.run([sys.executable, "-c", reach], capture_output=True, text=True, check=False)
     assert "PermissionError" in done.stderr
     assert stat.S_IMODE(os.stat(store.data).st_mode) == 0o700
+
+
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES))
+def test_a_device_node_in_a_mounted_root_cannot_be_opened(store: Store, tmp_path: Path, strategy: str) -> None:
+    """As root, whom no mode keeps out; one layer and two, both forms of a flat tree: each is mounted in its own way."""
+    known = probe(store.data).facts
+    node = make.char("zero", 1, 5)
+    images = [imported(store, tmp_path, [node]), imported(store, tmp_path, [file("a")], [node])]
+    (tmp_path / "target").mkdir()
+    forms = list(FlatForm) if known.erofs and strategy == "flat" else [FlatForm.HARDLINK]
+    for image, form in ((image, form) for image in images for form in forms):
+        store.ensure_flat(image, form)
+        store.prefer_flat(image, form)
+        for read_only in (False, True):
+            target = str(tmp_path / "target")
+            with assemble(store, image, Mapping.single(200000), target, strategy=strategy, read_only=read_only):
+                assert stat.S_ISCHR(os.stat(f"{target}/zero").st_mode)
+                with pytest.raises(PermissionError) as refused:
+                    os.close(os.open(f"{target}/zero", os.O_RDONLY))
+                assert refused.value.errno == errno.EACCES
 
 
 def test_labels_and_names_of_an_image_control_nothing(store: Store, tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_common_parent_makes_containerds_calls_in_its_order() -> None:
 def test_the_usual_code_id_maps_read_only_and_by_path() -> None:
     plan = STRATEGIES["common-parent"](spec(3), EVERYTHING)
     attributes = {operation.attributes for operation in plan.operations if isinstance(operation, op.MountSetattr)}
-    assert attributes == {op.MountAttribute.RDONLY}
+    assert attributes == {op.MountAttribute.RDONLY | op.MountAttribute.NODEV}
     overlay = [operation for operation in plan.operations if isinstance(operation, op.Mount)][-1]
     assert isinstance(overlay.data, tuple)
     lowers = [part for part in overlay.data if isinstance(part, str) and part.strip(":/").isdigit()]

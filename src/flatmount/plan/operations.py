@@ -69,6 +69,7 @@ class MountFlag(IntFlag):
 
     NONE = 0
     RDONLY = 0x1
+    NODEV = 0x4
     BIND = 0x1000
     REC = 0x4000
     PRIVATE = 0x40000

@@ -22,7 +22,15 @@ from flatmount.plan.operations import (
     Slot,
     Text,
 )
-from flatmount.strategies.parts import OVERLAY_OPTIONS, SOURCE, UPPER_PATH, below, directories, finished
+from flatmount.strategies.parts import (
+    OVERLAY_OPTIONS,
+    ROOT_ATTRIBUTES,
+    SOURCE,
+    UPPER_PATH,
+    below,
+    directories,
+    finished,
+)
 from flatmount.strategies.spec import Ids, RootfsSpec, Upper
 
 NAME = "chown"
@@ -34,7 +42,10 @@ def build(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
         raise UsageError("the image has no copy with changed owners for this range", hint="`flatmount mount` makes it")
     operations: list[Operation] = list(directories(spec, Ids.HOST))
     if spec.upper is Upper.NONE:
-        operations += (OpenTree(ROOT, (Parameter.DATA, "/" + spec.shifted)), MountSetattr(ROOT, MountAttribute.RDONLY))
+        operations += (
+            OpenTree(ROOT, (Parameter.DATA, "/" + spec.shifted)),
+            MountSetattr(ROOT, MountAttribute.RDONLY | ROOT_ATTRIBUTES),
+        )
         return finished(spec, operations)
     context = Slot("overlay")
     data = Slot("data")
@@ -50,7 +61,7 @@ def build(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
         FsConfigString(context, "workdir", below(upper, "/work")),
         *(FsConfigString(context, option, "off") for option in OVERLAY_OPTIONS),
         FsConfigCreate(context),
-        FsMount(ROOT, context),
+        FsMount(ROOT, context, ROOT_ATTRIBUTES),
     )
     return finished(spec, operations)
 

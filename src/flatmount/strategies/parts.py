@@ -46,6 +46,8 @@ from flatmount.strategies.spec import Attach, Ids, RootfsSpec, Upper
 OVERLAY_OPTIONS = ("redirect_dir", "metacopy", "index")
 UPPER_PATH: Text = (Parameter.UPPERS, "/", Parameter.UPPER)
 TARGET: Text = (Parameter.TARGET,)
+# Of every root file system: an image's device nodes lead nowhere. A runtime mounts a /dev of its own.
+ROOT_ATTRIBUTES = MountAttribute.NODEV
 EROFS = "erofs"
 SOURCE: Text = ("flatmount-", Parameter.UPPER)  # tells whose it is in the mount table
 
@@ -119,7 +121,7 @@ def pinned_overlay(spec: RootfsSpec, facts: HostFacts, key: str, lowers: Iterabl
         operations.append(FsConfigString(_CONTEXT, "upperdir", below(base, "/fs")))
         operations.append(FsConfigString(_CONTEXT, "workdir", below(base, "/work")))
     operations += (FsConfigString(_CONTEXT, option, "off") for option in OVERLAY_OPTIONS)
-    attributes = MountAttribute.RDONLY if spec.upper is Upper.NONE else MountAttribute.NONE
+    attributes = ROOT_ATTRIBUTES | (MountAttribute.RDONLY if spec.upper is Upper.NONE else MountAttribute.NONE)
     operations += (FsConfigCreate(_CONTEXT), FsMount(ROOT, _CONTEXT, attributes))
     if not facts.detached_layers:
         operations.append(Setns(HOME))
@@ -131,7 +133,7 @@ def read_only_clone(spec: RootfsSpec, tree: str) -> MountPlan:
     operations: list[Operation] = list(directories(spec, Ids.HOST))
     operations += (
         OpenTree(ROOT, (Parameter.DATA, "/" + tree)),
-        MountSetattr(ROOT, MountAttribute.RDONLY, USER_NAMESPACE),
+        MountSetattr(ROOT, MountAttribute.RDONLY | ROOT_ATTRIBUTES, USER_NAMESPACE),
     )
     return finished(spec, operations)
 
@@ -144,7 +146,7 @@ def read_only_image(spec: RootfsSpec, facts: HostFacts) -> MountPlan:
     else:
         # Only from within a namespace are its mounts cloned.
         operations += (Setns(HELPER), OpenTree(ROOT, (Parameter.IMAGE_AT,)), Setns(HOME))
-    operations.append(MountSetattr(ROOT, MountAttribute.RDONLY))
+    operations.append(MountSetattr(ROOT, MountAttribute.RDONLY | ROOT_ATTRIBUTES))
     return finished(spec, operations)
 
 
@@ -181,7 +183,7 @@ def pin_superblock(facts: HostFacts) -> MountPlan:
         FsConfigString(context, "source", (Parameter.IMAGE,)),
         FsConfigFlag(context, "ro"),
         FsConfigCreate(context),
-        FsMount(_TREE, context, MountAttribute.RDONLY),
+        FsMount(_TREE, context, MountAttribute.RDONLY | ROOT_ATTRIBUTES),
     ]
     return _pinned(operations, facts)
 

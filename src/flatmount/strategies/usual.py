@@ -6,6 +6,7 @@ system. Order of calls and flags are containerd's (core/mount/mount_linux.go, mo
 the first pass the container's upper is the topmost lower, as there. What differs from containerd:
 
 - containerd id-maps and attaches that upper like a layer; here it is only named, which saves its mount operations;
+- its clones and overlays are `nodev`, as the roots of all strategies: one bit of flags that are handed over anyway;
 - an image of as many layers as overlayfs takes lowers goes through the first pass without its upper; containerd fails.
 """
 
@@ -34,7 +35,7 @@ from flatmount.plan.operations import (
     Text,
     Unmount,
 )
-from flatmount.strategies.parts import OVERLAY_OPTIONS, TARGET, UPPER_PATH, below, directories
+from flatmount.strategies.parts import OVERLAY_OPTIONS, ROOT_ATTRIBUTES, TARGET, UPPER_PATH, below, directories
 from flatmount.strategies.spec import MOST_LOWERS, Attach, Ids, RootfsSpec, Upper
 
 _PAGE = 4096
@@ -47,11 +48,11 @@ IdMapping = Callable[[Text], tuple[Sequence[Operation], Sequence[str], Sequence[
 
 
 def id_mapped_attach(source: Text, target: Text) -> tuple[Operation, ...]:
-    """Attach an id-mapped read-only clone of `source` at `target`."""
+    """Attach an id-mapped read-only clone of `source` at `target`, in which no device can be opened."""
     tree = Slot("tree")
     return (
         OpenTree(tree, source),
-        MountSetattr(tree, MountAttribute.RDONLY, USER_NAMESPACE),
+        MountSetattr(tree, MountAttribute.RDONLY | ROOT_ATTRIBUTES, USER_NAMESPACE),
         MoveMount(tree, target),
         Close(tree),
     )
@@ -105,7 +106,7 @@ def _pass(spec: RootfsSpec, id_mapping: IdMapping, place: Text, target: Text, *,
         listed += (*UPPER_PATH, "/fs:")
     for i, name in enumerate(lowers):
         listed += (":" if i else "", name) if compact else (":" if i else "", *place, "/", name)
-    overlay = Mount("overlay", target, "overlay", MountFlag.NONE, (*listed, *upper, options))
+    overlay = Mount("overlay", target, "overlay", MountFlag.NODEV, (*listed, *upper, options))
     # containerd changes directory on a thread that ends with the mount; a task still in there would keep it busy.
     mounting = (Chdir(place), overlay, Chdir("/")) if compact else (overlay,)
     return (*before, *mounting, *after)
