@@ -13,6 +13,10 @@ import pytest
 
 from flatmount.image.layer_tar import LayerTar
 from flatmount.image.layout_writer import new_layout
+from flatmount.kernel.tree import RemovedTree, remove_tree
+from flatmount.rootfs import collecting
+from flatmount.rootfs.records import Records
+from flatmount.store import Store
 from tests.e2e.conftest import CommandLine
 
 MAP = "0:300000:65536"
@@ -73,6 +77,28 @@ def test_what_a_mount_holds_stays(own: CommandLine, target: Path) -> None:
         {"name": "held", "why": "kept when its mount was taken off"}
     ]
     assert os.listdir(own.root / "v1/data/uppers") == []
+
+
+def test_a_kept_upper_that_is_mounted_while_others_are_removed_stays(
+    own: CommandLine, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        own("mount", "app", str(target), "--map", MAP, "--id", name)
+        own("umount", str(target))
+
+    def meanwhile(parent_fd: int, name: str) -> RemovedTree:
+        own("mount", "app", str(target), "--map", MAP, "--id", "two")
+        return remove_tree(parent_fd, name)
+
+    monkeypatch.setattr(collecting, "remove_tree", meanwhile)
+    records = Records(str(own.run_directory))
+    with Store.open(str(own.root)) as store:
+        idle = collecting.idle_uppers(store, records)
+        assert [upper.name for upper in idle] == ["one", "two"]
+        collecting.remove_uppers(store, records, idle)
+    assert os.listdir(own.root / "v1/data/uppers") == ["two"]
+    own("umount", str(target))
+    assert [upper["name"] for upper in own.json("gc", "--yes", "--uppers")["uppers"]] == ["two"]
 
 
 def test_the_upper_of_a_dead_ephemeral_mount_goes(own: CommandLine, target: Path) -> None:

@@ -50,9 +50,14 @@ def idle_uppers(store: Store, records: Records, containers: Names = tuple) -> tu
     names = sorted(os.listdir(place))
     if not names:
         return ()
-    used = {record.upper for record in records.all() if record.root == store.root} | set(containers())
-    used |= {held.holder.partition(":")[2].partition("@")[0] for held in store.holders()} | mounted_uppers()
+    used = _spoken_for(store, records, containers) | mounted_uppers()
     return tuple(_idle(place, name) for name in names if name not in used)
+
+
+def _spoken_for(store: Store, records: Records, containers: Names) -> set[str]:
+    """The uppers of mounts and containers that have a record or a lease."""
+    used = {record.upper for record in records.all() if record.root == store.root} | set(containers())
+    return used | {held.holder.partition(":")[2].partition("@")[0] for held in store.holders()}
 
 
 def remove_uppers(
@@ -60,21 +65,28 @@ def remove_uppers(
 ) -> tuple[int, int]:
     """Remove those of `uppers` that are still idle; returns entries and bytes. Never through a mount.
 
+    Each is looked at and put out of sight under the records' lock, which a mount's claim takes: who claims it before
+    keeps it, who comes after finds none.
+
     Raises: FlatmountError where one cannot be removed; it is out of sight then, and the next command tries again.
     """
     entries = size_bytes = 0
-    still = {upper.name for upper in idle_uppers(store, records, containers)}
+    # What has been mounted since has a record or a lease.
+    mounted = mounted_uppers()
     trash = os.path.join(store.data, "trash")
     for upper in uppers:
-        if upper.name not in still:
-            continue
         try:
-            os.rename(os.path.join(store.data, "uppers", upper.name), os.path.join(trash, f"upper-{upper.name}"))
+            with records.locked():
+                if upper.name in mounted or upper.name in _spoken_for(store, records, containers):
+                    continue
+                os.rename(os.path.join(store.data, "uppers", upper.name), os.path.join(trash, f"upper-{upper.name}"))
             fd = os.open(trash, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
             try:
                 gone = remove_tree(fd, f"upper-{upper.name}")
             finally:
                 os.close(fd)
+        except FileNotFoundError:
+            continue  # another one removed it
         except OSError as error:
             raise from_os_error(error, f"remove the upper {upper.name}") from error
         entries += gone.entries

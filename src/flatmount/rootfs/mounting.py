@@ -133,6 +133,8 @@ def mount(store: Store, records: Records, run: str, request: Request, facts: Hos
             with undivided() as interrupted:
                 _claim(records, record)
                 try:
+                    if not request.read_only and not fresh and not os.path.lexists(place.path):
+                        raise FlatmountError(f"the upper {place.path} was removed meanwhile", hint="try again")
                     store.hold(request.image, records.holder(record))
                     if fresh:
                         make_upper(
