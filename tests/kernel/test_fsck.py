@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from images import directory, file, hardlink, layout_of, symlink
 from trees import facts
 
+from flatmount.errors import FlatmountError, UnknownImage
 from flatmount.image import open_source
-from flatmount.store import Finding, Part, Store
+from flatmount.kernel.tree import Flattened, flatten
+from flatmount.store import Finding, FlatForm, Part, Repair, Store, trees
 
 LAYERS = [
     [
@@ -232,3 +234,51 @@ def test_a_quick_check_does_not_read_files(store: Store) -> None:
     flip(os.path.join(store.data, "layers/1/d/a"))
     assert store.check(content=False).findings == ()
     assert store.check().findings != ()
+
+
+@pytest.mark.parametrize("form", list(FlatForm))
+@pytest.mark.parametrize("read", [True, False], ids=["after it was read", "before it was read"])
+def test_a_tree_is_made_again_when_its_source_is_repaired_meanwhile(
+    store: Store, source: str, monkeypatch: pytest.MonkeyPatch, form: FlatForm, read: bool
+) -> None:
+    image = store.image("web")
+    store.drop_flat(image, FlatForm.HARDLINK)
+    Path(store.data, image.layers[1].path, "e/g").write_text("changed")
+    calls: list[str] = []
+
+    def meanwhile(fd: int, sources: Sequence[str], target: str, *, root_source: int | None = None) -> Flattened:
+        calls.append(target)
+        if len(calls) > 1:
+            return flatten(fd, sources, target, root_source=root_source)
+        made = flatten(fd, sources, target, root_source=root_source) if read else None
+        assert [repair.why for repair in repaired(store, source)] == [""]
+        return made or flatten(fd, sources, target, root_source=root_source)
+
+    monkeypatch.setattr(trees, "flatten", meanwhile)
+    store.ensure_flat(image, form)
+    assert len(calls) == 2
+    assert store.check().findings == ()
+    assert os.listdir(os.path.join(store.data, "staging")) == []
+    linked = os.path.join(store.data, store.ensure_flat(store.image("web")))
+    assert Path(linked, "e/g").read_text() == "g" * 5000
+
+
+def test_a_source_that_goes_each_time_is_one_line(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = store.image("web")
+    store.drop_flat(image, FlatForm.HARDLINK)
+    shutil.move(os.path.join(store.data, image.layers[0].path), os.path.join(store.root, "elsewhere"))
+    with pytest.raises(FlatmountError, match="ENOENT"):
+        store.ensure_flat(image)
+    shutil.move(os.path.join(store.root, "elsewhere"), os.path.join(store.data, image.layers[0].path))
+    store.ensure_flat(image)
+    store.remove_image("web")
+    with pytest.raises(UnknownImage, match="removed meanwhile"):
+        store.ensure_flat(image)
+
+
+def repaired(store: Store, source: str) -> tuple[Repair, ...]:
+    again = open_source(source)
+    try:
+        return store.repair(store.check().findings, [again])
+    finally:
+        again.close()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import Final, TypeVar
 
-from flatmount.errors import StoreError, UnknownImage, from_os_error
+from flatmount.errors import FlatmountError, StoreError, UnknownImage, from_os_error
 from flatmount.image import digest as digests
 from flatmount.kernel.erofs import ErofsImage, write_erofs
 from flatmount.kernel.tree import Flattened, copy_tree, flatten
@@ -25,7 +25,14 @@ from flatmount.store.model import FlatForm, StoredImage
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TABLES: Final = {FlatForm.HARDLINK: ("flat", "flats"), FlatForm.EROFS: ("erofs", "erofs")}
+_SOURCES: Final = {"layers": "layers", "flat": "flats"}  # where they are, and the table that knows them
+_ATTEMPTS: Final = 3
 _Book = Callable[[sqlite3.Connection, int], None]
+_Result = TypeVar("_Result")
+
+
+class _SourceGone(Exception):
+    """A tree that another one was made of was taken away meanwhile: the image was repaired, or a flat tree dropped."""
 
 
 class Trees:
@@ -73,31 +80,71 @@ class Trees:
         found = self.find(image.chain_id, form)
         if found is None:
             build = self._build_flat if form is FlatForm.HARDLINK else self._build_erofs
-            with self._disk.building():
-                found = self.find(image.chain_id, form) or build(image)
+
+            def attempt() -> str:
+                with self._disk.building():
+                    return self.find(image.chain_id, form) or build(image)
+
+            found = self._attempted(image, attempt)
         return found
 
     def ensure_shifted(self, image: StoredImage, mapping: Mapping) -> str:
         """A copy of the flat tree with the host's ids of `mapping` as owners."""
         image.owners.require(mapping)
-        flat = self.ensure(image, FlatForm.HARDLINK)
-        with self._disk.building():
-            return self._shifted(image.chain_id, mapping) or self._build_shifted(image, flat, mapping)
+
+        def attempt() -> str:
+            flat = self.ensure(image, FlatForm.HARDLINK)
+            with self._disk.building():
+                return self._shifted(image.chain_id, mapping) or self._build_shifted(image, flat, mapping)
+
+        return self._attempted(image, attempt)
 
     def ensure_root(self, image: StoredImage) -> str | None:
         """An empty directory with the attributes of the image's root, where the topmost layer's own root has others."""
-        giving = self._layer_that_gives_the_root(image)
-        if giving is None or not image.layers or giving == image.layers[-1].path:
-            return None
-        with self._disk.building():
-            with self._database.reading() as db:
-                row = db.execute("SELECT number FROM roots WHERE chain_id = ?", (image.chain_id,)).fetchone()
-            return f"roots/{row[0]}" if row is not None else self._build_root(image, giving)
 
-    def _layer_that_gives_the_root(self, image: StoredImage) -> str | None:
+        def attempt() -> str | None:
+            layers, given = self._layers(image)
+            giving = next((path for path in reversed(layers) if path in given), None)
+            if giving is None or giving == layers[-1]:
+                return None
+            with self._disk.building():
+                with self._database.reading() as db:
+                    row = db.execute("SELECT number FROM roots WHERE chain_id = ?", (image.chain_id,)).fetchone()
+                return f"roots/{row[0]}" if row is not None else self._build_root(image, giving)
+
+        return self._attempted(image, attempt)
+
+    def _attempted(self, image: StoredImage, attempt: Callable[[], _Result]) -> _Result:
+        """Again, with what the image consists of by then, where a source was taken away meanwhile."""
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return attempt()
+            except _SourceGone:
+                continue
+        try:
+            return attempt()
+        except _SourceGone as gone:
+            if isinstance(gone.__cause__, OSError):
+                raise from_os_error(gone.__cause__, f"build a tree of {image.digest}:") from gone
+            raise FlatmountError(
+                f"what image {image.digest} consists of is replaced as fast as a tree is made of it", hint="try again"
+            ) from None
+
+    def _layers(self, image: StoredImage) -> tuple[list[str], set[str]]:
+        """The image's layers as they are now, lowest first, and which layers have an entry for their root.
+
+        A repair gives a layer another number. Raises: UnknownImage.
+        """
         with self._database.reading() as db:
             given = {f"layers/{row[0]}" for row in db.execute("SELECT number FROM layers WHERE root IS NOT NULL")}
-        return next((layer.path for layer in reversed(image.layers) if layer.path in given), None)
+            rows = db.execute(
+                "SELECT layer FROM image_layers WHERE image ="
+                " (SELECT digest FROM images WHERE chain_id = ? ORDER BY digest != ? LIMIT 1) ORDER BY position",
+                (image.chain_id, image.digest),
+            ).fetchall()
+        if len(rows) != len(image.layers):
+            raise _removed(image)
+        return [f"layers/{number}" for (number,) in rows], given
 
     def _shifted(self, chain_id: str, mapping: Mapping) -> str | None:
         with self._database.reading() as db:
@@ -121,30 +168,29 @@ class Trees:
             )
             db.execute("UPDATE erofs SET preferred = 0 WHERE chain_id = ?", (image.chain_id,))
 
-        return self._build("flat", image, build, book)
+        return self._build("flat", image, build, book, sources)
 
     def _flat_sources(self, image: StoredImage) -> tuple[list[str], int | None]:
         """Topmost first: the layers above the longest chain that is flat already, and that one."""
         chain = digests.chain_ids(tuple(layer.diff_id for layer in image.layers))
-        with self._database.reading() as db:
-            given = {f"layers/{row[0]}" for row in db.execute("SELECT number FROM layers WHERE root IS NOT NULL")}
+        layers, given = self._layers(image)
         sources: list[str] = []
-        for layer, chain_id in zip(reversed(image.layers), reversed(chain), strict=True):
+        for layer, chain_id in zip(reversed(layers), reversed(chain), strict=True):
             flat = self.find(chain_id, FlatForm.HARDLINK)
             if flat is not None:
                 sources.append(flat)
                 given.add(flat)
                 break
-            sources.append(layer.path)
+            sources.append(layer)
         return sources, next((at for at, source in enumerate(sources) if source in given), None)
 
     def _build_erofs(self, image: StoredImage) -> str:
         """Written from the tree of hard links: the image's own, or one made for the moment."""
         sources, root_source = self._flat_sources(image)
+        tree = self.find(image.chain_id, FlatForm.HARDLINK)
         made: list[tuple[ErofsImage, str]] = []
 
         def build(target: str) -> None:
-            tree = self.find(image.chain_id, FlatForm.HARDLINK)
             if tree is not None:
                 made.append(self._write_image(tree, target, image.chain_id))
                 return
@@ -162,7 +208,7 @@ class Trees:
                 (number, image.chain_id, counts.directories, counts.inodes, counts.size_bytes, digest),
             )
 
-        return self._build("erofs", image, build, book, synced=True)
+        return self._build("erofs", image, build, book, sources if tree is None else [tree], synced=True)
 
     def _write_image(self, tree: str, target: str, name: str) -> tuple[ErofsImage, str]:
         tree_fd = os.open(tree, _DIRECTORY, dir_fd=self._disk.data_fd)
@@ -193,7 +239,7 @@ class Trees:
         def book(db: sqlite3.Connection, number: int) -> None:
             db.execute("INSERT INTO shifted VALUES (?, ?, ?)", (number, image.chain_id, str(mapping)))
 
-        return self._build("shifted", image, build, book)
+        return self._build("shifted", image, build, book, [flat])
 
     def _build_root(self, image: StoredImage, giving: str) -> str:
         def build(target: str) -> None:
@@ -210,12 +256,23 @@ class Trees:
         def book(db: sqlite3.Connection, number: int) -> None:
             db.execute("INSERT INTO roots VALUES (?, ?)", (number, image.chain_id))
 
-        return self._build("roots", image, build, book)
+        return self._build("roots", image, build, book, [giving])
 
     def _build(
-        self, kind: str, image: StoredImage, build: Callable[[str], None], book: _Book, *, synced: bool = False
+        self,
+        kind: str,
+        image: StoredImage,
+        build: Callable[[str], None],
+        book: _Book,
+        sources: Sequence[str],
+        *,
+        synced: bool = False,
     ) -> str:
-        """Build a tree in staging, then make it durable, unless `build` has `synced` it, then visible."""
+        """Build a tree in staging, then make it durable, unless `build` has `synced` it, then visible.
+
+        Nobody keeps others from taking `sources` away meanwhile, and what was read of one that went may be a part of
+        it: all of them must be in the book still when the tree gets there. Raises: _SourceGone, StoreError.
+        """
         (number,) = self._database.next_numbers(1)
         try:
             build(f"staging/{number}")
@@ -224,12 +281,16 @@ class Trees:
             self._disk.publish(kind, [number])
             with self._database.transaction() as db:
                 if db.execute("SELECT 1 FROM images WHERE chain_id = ?", (image.chain_id,)).fetchone() is None:
-                    raise UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
+                    raise _removed(image)
+                if not all(_is_booked(db, source) for source in sources):
+                    raise _SourceGone
                 book(db, number)
         except BaseException as error:
             for unknown in self._database.unbooked(kind, [number]):
                 self._disk.discard(f"staging/{unknown}")
                 self._disk.discard(f"{kind}/{unknown}")
+            if isinstance(error, FileNotFoundError):
+                raise _SourceGone from error
             if isinstance(error, OSError):
                 raise from_os_error(error, f"build the {kind} tree of {image.digest}:") from error
             if isinstance(error, StoreError):
@@ -237,3 +298,12 @@ class Trees:
             raise
         self._publish()
         return f"{kind}/{number}"
+
+
+def _is_booked(db: sqlite3.Connection, source: str) -> bool:
+    kind, _, number = source.partition("/")
+    return db.execute(f"SELECT 1 FROM {_SOURCES[kind]} WHERE number = ?", (int(number),)).fetchone() is not None
+
+
+def _removed(image: StoredImage) -> UnknownImage:
+    return UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
