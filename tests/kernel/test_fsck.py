@@ -13,7 +13,9 @@ from trees import facts
 
 from flatmount.errors import FlatmountError, UnknownImage
 from flatmount.image import open_source
+from flatmount.kernel.probes import probe
 from flatmount.kernel.tree import Flattened, flatten
+from flatmount.rootfs.image import choose_for, specification, trees_of
 from flatmount.store import Finding, FlatForm, Part, Repair, Store, trees
 
 LAYERS = [
@@ -274,6 +276,21 @@ def test_a_source_that_goes_each_time_is_one_line(store: Store, monkeypatch: pyt
     store.remove_image("web")
     with pytest.raises(UnknownImage, match="removed meanwhile"):
         store.ensure_flat(image)
+
+
+@pytest.mark.parametrize("strategy", ["detached", "flat"])
+def test_what_was_repaired_before_it_is_held_is_not_mounted(store: Store, source: str, strategy: str) -> None:
+    image = store.image("web")
+    facts = probe(store.data).facts
+    spec = specification(store, image, choose_for(strategy, store, image, facts))
+    Path(store.data, image.layers[1].path, "e/g").write_text("changed")
+    assert all(repair.done for repair in repaired(store, source))
+    with pytest.raises(FlatmountError, match="repaired meanwhile"):
+        store.hold(image, "mount:one", trees=trees_of(spec))
+    assert store.holders() == ()
+    image = store.image("web")
+    spec = specification(store, image, choose_for(strategy, store, image, facts))
+    store.hold(image, "mount:one", trees=trees_of(spec))
 
 
 def repaired(store: Store, source: str) -> tuple[Repair, ...]:

@@ -29,7 +29,7 @@ from flatmount.runtime.request import (
 )
 from flatmount.runtime.starter import How, Started, Starter, remove
 from flatmount.runtime.terminal import Relay, raw
-from flatmount.store import FlatForm, Store, StoredImage
+from flatmount.store import FlatForm, Store
 from flatmount.strategies import AUTO, NAMES
 
 _EXAMPLES = """examples:
@@ -118,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
         facts = probe_store(store, images=how.flat_form is FlatForm.EROFS).facts
         with Starter(store, image, run, facts, how) as starter:
             tell_if_not_ready(args.strategy, starter.choice, store, image)
-            holder, mapping = _reserve(store, image, containers, name, mapping, args.pool)
+            holder, mapping = _reserve(starter, containers, name, mapping, args.pool)
             # From before the start on: the first thing that a container writes is to be shown as it means it.
             with nullcontext() if args.detach else Relay() as relay, raw(args.tty and not args.detach):
                 started = _start(starter, args, name, mapping, request, holder)
@@ -189,18 +189,14 @@ def _request(args: argparse.Namespace) -> Request:
 
 
 def _reserve(
-    store: Store,
-    image: StoredImage,
-    containers: Containers,
-    name: str,
-    mapping: Mapping | None,
-    pool: str | None,
+    starter: Starter, containers: Containers, name: str, mapping: Mapping | None, pool: str | None
 ) -> tuple[str, Mapping]:
+    store, image, trees = starter.store, starter.image, starter.trees
     if mapping is not None:
-        return book.reserve(store, image, name, mapping, ())
+        return book.reserve(store, image, name, mapping, (), trees=trees)
     # Other stores have books of their own; their containers are in the same run directory.
     others = [ids for one in containers.all() if one.root != store.root for ids in subids.host_ids(one.mapping)]
-    return book.reserve(store, image, name, None, subids.pool(pool), others)
+    return book.reserve(store, image, name, None, subids.pool(pool), others, trees=trees)
 
 
 def _removal(store: Store, name: str) -> tuple[str, ...]:

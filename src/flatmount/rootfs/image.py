@@ -56,6 +56,13 @@ def specification(
     )
 
 
+def trees_of(spec: RootfsSpec) -> tuple[str, ...]:
+    """What a root file system of this specification is made of, for `Store.hold`: it must be there when it is held."""
+    merged = spec.erofs or spec.flat or spec.shifted
+    top = () if spec.top is None else (spec.top,)
+    return (merged,) if merged is not None else (*top, *spec.layers)
+
+
 def choose_for(
     name: str,
     store: Store | Catalogue,
@@ -107,4 +114,4 @@ def require_root(verb: str) -> None:
         raise FlatmountError(f"{verb} makes mounts, which needs CAP_SYS_ADMIN", hint="run it as root")
 
 
-__all__ = ["NEWEST", "choose_for", "probe_store", "require_root", "specification"]
+__all__ = ["NEWEST", "choose_for", "probe_store", "require_root", "specification", "trees_of"]

@@ -16,7 +16,7 @@ from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.plan.operations import MountPlan, Unmount, UnmountFlag
 from flatmount.rootfs.assembler import Assembler
-from flatmount.rootfs.image import choose_for, specification
+from flatmount.rootfs.image import choose_for, specification, trees_of
 from flatmount.rootfs.ranges import RangePool
 from flatmount.rootfs.records import Record, Records, State, check_id, new_id
 from flatmount.rootfs.signals import undivided
@@ -135,7 +135,7 @@ def mount(store: Store, records: Records, run: str, request: Request, facts: Hos
                 try:
                     if not request.read_only and not fresh and not os.path.lexists(place.path):
                         raise FlatmountError(f"the upper {place.path} was removed meanwhile", hint="try again")
-                    store.hold(request.image, records.holder(record))
+                    store.hold(request.image, records.holder(record), trees=trees_of(spec))
                     if fresh:
                         make_upper(
                             place,

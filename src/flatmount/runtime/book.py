@@ -20,16 +20,19 @@ def reserve(
     mapping: Mapping | None,
     pool: Sequence[HostIds],
     also_taken: Iterable[HostIds] = (),
+    *,
+    trees: Iterable[str] = (),
 ) -> tuple[str, Mapping]:
-    """Take the image and host ids for a container: those of `mapping`, or a free range of `pool`.
+    """Take the image, with `trees` of it, and host ids for a container: those of `mapping`, or a free range of `pool`.
 
     Returns what the book knows the container as, and its mapping. The name carries this process's mark, so that what
     it takes is given back if it is killed before the container has a record.
 
-    Raises: InUse where somebody has one of the ids; MissingFeature where the pool is used up; StoreError.
+    Raises: InUse where somebody has one of the ids; MissingFeature where the pool is used up; StoreError;
+    FlatmountError where one of `trees` was replaced meanwhile.
     """
     holder = owned_name(_PREFIX + container_id)
-    store.hold(image, holder)
+    store.hold(image, holder, trees=trees)
     try:
         if mapping is not None:
             store.ranges.take(holder, host_ids(mapping))

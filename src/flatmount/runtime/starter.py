@@ -14,7 +14,7 @@ from flatmount.kernel.tree import remove_tree
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.rootfs.assembler import Assembler, Rootfs
-from flatmount.rootfs.image import choose_for, specification
+from flatmount.rootfs.image import choose_for, specification, trees_of
 from flatmount.rootfs.ranges import RangePool
 from flatmount.rootfs.workplace import ensure_run_directory, take_off_below
 from flatmount.runtime import book, cgroups, volumes
@@ -83,6 +83,7 @@ class Starter:
             attach=Attach.NONE if self._private else Attach.HOST,
             scratch=scratch,
         )
+        self.trees = trees_of(spec)  # what a container's lease must find in the store
         self.pool = RangePool(store.data, facts)
         self._assembler = Assembler(
             spec, self.choice.name, self.pool, uppers=uppers_of(store.data), scratch=scratch, ephemeral=True

@@ -135,6 +135,8 @@ _MIGRATIONS: Final = (
     """,
 )
 SCHEMA: Final = len(_MIGRATIONS)
+# The trees, by the directory that they are in.
+_TABLES: Final = {"layers": "layers", "flat": "flats", "shifted": "shifted", "erofs": "erofs", "roots": "roots"}
 
 
 class Database:
@@ -232,10 +234,9 @@ class Database:
 
     def known_trees(self) -> dict[str, set[int]]:
         """The numbers of all trees, by the directory that they are in."""
-        tables = {"layers": "layers", "flat": "flats", "shifted": "shifted", "erofs": "erofs", "roots": "roots"}
         with self.reading() as db:
             return {
-                kind: {row[0] for row in db.execute(f"SELECT number FROM {table}")} for kind, table in tables.items()
+                kind: {row[0] for row in db.execute(f"SELECT number FROM {table}")} for kind, table in _TABLES.items()
             }
 
     def unbooked(self, kind: str, numbers: Iterable[int]) -> tuple[int, ...]:
@@ -324,6 +325,12 @@ class Database:
                 for statement in filter(str.strip, _MIGRATIONS[version].split(";")):
                     db.execute(statement)
                 db.execute(f"PRAGMA user_version = {version + 1}")
+
+
+def is_booked(db: sqlite3.Connection, tree: str) -> bool:
+    """Whether the book has a tree, named as KIND/NUMBER."""
+    kind, _, number = tree.partition("/")
+    return db.execute(f"SELECT 1 FROM {_TABLES[kind]} WHERE number = ?", (int(number),)).fetchone() is not None
 
 
 def _wants_room(error: sqlite3.Error) -> bool:

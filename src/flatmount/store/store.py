@@ -6,7 +6,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Self
 
 from flatmount.errors import FlatmountError, InUse, StoreError, UnknownImage, from_os_error
@@ -18,7 +18,7 @@ from flatmount.kernel.tree import RemovedTree
 from flatmount.plan.mapping import Mapping
 from flatmount.store.catalogue import publish
 from flatmount.store.costs import Costs, costs_of
-from flatmount.store.database import Database
+from flatmount.store.database import Database, is_booked
 from flatmount.store.disk import Disk
 from flatmount.store.exporting import Told, export_images
 from flatmount.store.fsck import Checked, Finding, Report, check
@@ -247,14 +247,17 @@ class Store:
 
     # Leases.
 
-    def hold(self, image: StoredImage, holder: str) -> None:
+    def hold(self, image: StoredImage, holder: str, *, trees: Iterable[str] = ()) -> None:
         """Keep `image` until `holder` releases it. On disk when this returns; twice is once.
 
-        Raises: UnknownImage, when it was removed meanwhile.
+        `trees`, relative to `data`, are what the holder is about to use: a repair replaces those that nobody holds.
+        Raises: UnknownImage, when it was removed meanwhile; FlatmountError, when one of `trees` was.
         """
         with self._database.transaction() as db:
             if db.execute("SELECT 1 FROM images WHERE digest = ?", (image.digest,)).fetchone() is None:
                 raise UnknownImage(f"image {image.digest} was removed meanwhile", hint="import it again")
+            if not all(is_booked(db, tree) for tree in trees):
+                raise FlatmountError(f"image {image.digest} was repaired meanwhile", hint="try again")
             db.execute("INSERT OR IGNORE INTO leases VALUES (?, ?, ?)", (holder, image.digest, time.time_ns()))
 
     def release(self, holder: str) -> None:

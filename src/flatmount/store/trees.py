@@ -17,7 +17,7 @@ from flatmount.kernel.erofs import ErofsImage, write_erofs
 from flatmount.kernel.tree import Flattened, copy_tree, flatten
 from flatmount.plan.mapping import Mapping
 from flatmount.store.attributes import read_xattrs, set_xattrs
-from flatmount.store.database import Database
+from flatmount.store.database import Database, is_booked
 from flatmount.store.disk import Disk
 from flatmount.store.image_file import digest_of
 from flatmount.store.model import FlatForm, StoredImage
@@ -25,7 +25,6 @@ from flatmount.store.model import FlatForm, StoredImage
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _TABLES: Final = {FlatForm.HARDLINK: ("flat", "flats"), FlatForm.EROFS: ("erofs", "erofs")}
-_SOURCES: Final = {"layers": "layers", "flat": "flats"}  # where they are, and the table that knows them
 _ATTEMPTS: Final = 3
 _Book = Callable[[sqlite3.Connection, int], None]
 _Result = TypeVar("_Result")
@@ -282,7 +281,7 @@ class Trees:
             with self._database.transaction() as db:
                 if db.execute("SELECT 1 FROM images WHERE chain_id = ?", (image.chain_id,)).fetchone() is None:
                     raise _removed(image)
-                if not all(_is_booked(db, source) for source in sources):
+                if not all(is_booked(db, source) for source in sources):
                     raise _SourceGone
                 book(db, number)
         except BaseException as error:
@@ -298,11 +297,6 @@ class Trees:
             raise
         self._publish()
         return f"{kind}/{number}"
-
-
-def _is_booked(db: sqlite3.Connection, source: str) -> bool:
-    kind, _, number = source.partition("/")
-    return db.execute(f"SELECT 1 FROM {_SOURCES[kind]} WHERE number = ?", (int(number),)).fetchone() is not None
 
 
 def _removed(image: StoredImage) -> UnknownImage:
