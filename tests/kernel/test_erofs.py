@@ -369,7 +369,10 @@ def test_the_form_asked_for_last_is_taken_where_it_can_be(store: Store, facts: H
     store.ensure_flat(image, FlatForm.EROFS)
     assert choose_for("auto", store, image, facts).erofs
     assert choose_for("auto", store, image, blind).name == "detached"
+    # Who only needs hard links, as a storm with plain directories does, changes nothing for containers.
     store.ensure_flat(image)
+    assert choose_for("auto", store, image, facts).erofs
+    store.prefer_flat(image, FlatForm.HARDLINK)
     assert choose_for("auto", store, image, facts).erofs is False
     store.prefer_flat(image, FlatForm.EROFS)
     assert choose_for("auto", store, image, facts).erofs
@@ -469,7 +472,7 @@ def test_no_space_for_an_image_is_one_line(tmp_path: Path) -> None:
         with Store.open(str(disk / "store"), create=True) as store:
             image = store.import_image(layout, name="web")
             (disk / "filler").write_bytes(b"x" * (8 << 20))
-            with pytest.raises(StoreError, match=r"ENOSPC|is full") as caught:
+            with pytest.raises(StoreError, match=r"takes 6\d{6} bytes, and its file system has \d+ free") as caught:
                 store.ensure_flat(image, FlatForm.EROFS)
             assert "free space" in caught.value.hint
             assert not os.listdir(Path(store.data, "staging"))

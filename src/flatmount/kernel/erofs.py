@@ -16,6 +16,7 @@ See: https://docs.kernel.org/filesystems/erofs.html, fs/erofs/erofs_fs.h
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -61,6 +62,8 @@ _TYPES: Final = {
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _SPAN: Final = 1 << 24  # of content that is copied with one call
+_FICLONERANGE: Final = 0x4020940D  # linux/fs.h
+_CLONED: Final = struct.Struct("qQQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,7 @@ class _Inode:
     mtime_ns: int
     size: int
     device: int
+    stored: int  # bytes on disk
     xattrs: bytes
     nlink: int = 1
     target: bytes = b""
@@ -106,7 +110,8 @@ def write_erofs(tree_fd: int, out_fd: int, name: str) -> ErofsImage:
     are those within the tree, whatever else has a name elsewhere. overlayfs's own attributes and host labels are left
     out, as everywhere in the store. `name` decides the image's UUID. Nothing is synced.
 
-    Errors: OSError with the path; StoreError for what the format cannot hold (16 TiB, attributes of 64 KiB).
+    Errors: OSError with the path; StoreError for what the format cannot hold (16 TiB, attributes of 64 KiB),
+    and, before anything is written, for what there is no room for.
     Kernel: none is asked; 5.4 mounts it. CAP_SYS_ADMIN to read trusted.* attributes.
     """
     inodes = _Tree(tree_fd).inodes
@@ -117,6 +122,7 @@ def write_erofs(tree_fd: int, out_fd: int, name: str) -> ErofsImage:
         end_block += 0 if _is_node(inode) else inode.whole_blocks
     if end_block > _MOST_BLOCKS:
         raise StoreError("the image is larger than the 16 TiB that EROFS can hold", hint=_OTHER_FORM)
+    _require_room(tree_fd, out_fd, inodes, data_block)
     with open(out_fd, "wb", buffering=1 << 20, closefd=False) as meta:
         meta.write(bytes(_SUPER_AT) + _superblock(len(inodes), inodes[0].at, end_block, name))
         at = _SUPER_AT + _SUPER.size
@@ -127,6 +133,36 @@ def write_erofs(tree_fd: int, out_fd: int, name: str) -> ErofsImage:
             at = inode.at + len(piece)
     os.ftruncate(out_fd, end_block * BLOCK)
     return ErofsImage(sum(stat.S_ISDIR(inode.mode) for inode in inodes), len(inodes), end_block * BLOCK)
+
+
+def _require_room(tree_fd: int, out_fd: int, inodes: Sequence[_Inode], data_block: int) -> None:
+    """Refuse what cannot fit, rather than fill the disk with it first. Holes take nothing, nor does what is shared."""
+    status = os.fstatvfs(out_fd)
+    free = (status.f_bavail if os.geteuid() else status.f_bfree) * status.f_frsize
+    meta = data_block * BLOCK
+    files = [inode for inode in inodes if stat.S_ISREG(inode.mode) and inode.size >= BLOCK]
+    content = sum(min(inode.whole_blocks * BLOCK, inode.stored) for inode in files)
+    # A file system that counts nothing says that it has no blocks.
+    if not status.f_blocks or meta + content <= free:
+        return
+    if meta <= free and files and _shares(tree_fd, out_fd, files[0]):
+        return
+    raise StoreError(
+        f"the EROFS image takes {meta + content} bytes, and its file system has {free} free",
+        hint="free space there and try again; nothing half-written was kept",
+    )
+
+
+def _shares(tree_fd: int, out_fd: int, inode: _Inode) -> bool:
+    """Whether the file system copies content by sharing blocks: tried with one that the image begins with anyway."""
+    fd = os.open(inode.path, _READ, dir_fd=tree_fd)
+    try:
+        fcntl.ioctl(out_fd, _FICLONERANGE, _CLONED.pack(fd, 0, BLOCK, inode.first_block * BLOCK))
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
 
 
 def _is_node(inode: _Inode) -> bool:
@@ -186,6 +222,7 @@ class _Tree:
             mtime_ns=status.st_mtime_ns,
             size=status.st_size if kind in (stat.S_IFREG, stat.S_IFLNK) else 0,
             device=status.st_rdev if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0,
+            stored=status.st_blocks * 512,
             xattrs=_xattrs(self._fd, path),
             target=os.readlink(path, dir_fd=self._fd) if kind == stat.S_IFLNK else b"",
         )

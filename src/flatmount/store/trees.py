@@ -165,7 +165,6 @@ class Trees:
                 "INSERT INTO flats VALUES (?, ?, ?, ?, ?)",
                 (number, image.chain_id, made.directories, made.links, made.copies),
             )
-            db.execute("UPDATE erofs SET preferred = 0 WHERE chain_id = ?", (image.chain_id,))
 
         return self._build("flat", image, build, book, sources)
 
