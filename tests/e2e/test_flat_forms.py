@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from flatmount.cli import flatten
+from flatmount.errors import StoreError
 from flatmount.image.demo import default_cache
 from flatmount.kernel.probes import probe
+from flatmount.store import FlatForm, Store, trees
+from flatmount.strategies import Choice
 from tests.conftest import CANNOT
 from tests.e2e.conftest import CommandLine
 from tests.kernel.images import directory, file, hardlink, layout_of
@@ -166,3 +173,71 @@ def test_show_says_what_an_image_costs(own: CommandLine, layout: str, tmp_path: 
     freed = own.json("image", "remove", "app")
     assert freed["size_bytes"] <= before["size_bytes"]
     assert freed["entries"] > 0
+
+
+@pytest.fixture
+def store(tmp_path: Path, layout: str) -> Iterator[Store]:
+    with Store.open(str(tmp_path / "own"), create=True) as opened:
+        opened.import_image(layout, name="app")
+        yield opened
+
+
+def test_that_no_build_can_be_begun_is_told_and_no_failure(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", refused)
+    flatten.flatten_when("background", store, store.image("app"), FlatForm.HARDLINK)
+    flatten.tell_if_not_ready("auto", Choice("detached", ""), store, store.image("app"))
+    begun, not_ready, again = capsys.readouterr().err.splitlines()
+    assert begun == again
+    assert "nobody builds the flat tree of app" in begun and "EAGAIN" in begun
+    assert "not ready" in not_ready
+
+
+def builders(digest: str) -> list[str]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            found += [path.parts[2]] if b"flatten" in words and digest.encode() in words else []
+    return found
+
+
+def test_one_build_is_begun_however_often_it_is_asked_for(own: CommandLine, store: Store) -> None:
+    image = store.image("app")
+    with store._disk.building():
+        for _ in range(5):
+            flatten.flatten_when("background", store, image, FlatForm.HARDLINK)
+        assert len(builders(image.digest)) == 1
+    wait_for_flat(own, "app")
+    deadline = time.monotonic() + 30
+    while builders(image.digest):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_configured_image_that_cannot_be_made_gives_way_to_hard_links(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(tree_fd: int, out_fd: int, name: str) -> None:
+        raise StoreError("no room", hint="free space")
+
+    monkeypatch.setattr(trees, "write_erofs", full)
+    image = store.image("app")
+    with pytest.raises(StoreError, match="no room"):
+        flatten._build(store, image, FlatForm.EROFS, asked=True)
+    assert store.flat_tree(image) is None
+    tree, form = flatten._build(store, image, FlatForm.EROFS, asked=False)
+    assert (tree, form) == (store.flat_tree(image), FlatForm.HARDLINK)
+    assert "hard links" in capsys.readouterr().err
+
+
+def test_building_at_once_is_asking_for_the_form(store: Store, erofs: None) -> None:
+    image = store.image("app")
+    flatten.flatten_when("now", store, image, FlatForm.EROFS)
+    assert store.flat_form(image) is FlatForm.EROFS
+    flatten.flatten_when("now", store, image, FlatForm.HARDLINK)
+    assert store.flat_form(image) is FlatForm.HARDLINK

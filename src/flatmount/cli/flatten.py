@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import os
+import struct
 import sys
 from typing import Any
 
 import flatmount
 from flatmount.cli.common import open_store, print_json, store_options
 from flatmount.config import FLAT_FORMATS, load
-from flatmount.errors import EXIT_FINE, MissingFeature
+from flatmount.errors import EXIT_FINE, FlatmountError, MissingFeature, StoreError, from_os_error
 from flatmount.kernel.erofs import require_erofs
 from flatmount.rootfs.image import probe_store
 from flatmount.store import FlatForm, Store, StoredImage
 from flatmount.strategies import AUTO, Choice, flat
 
+_LOCK = "background.lock"
 WHEN = ("background", "now", "first-use")
 
 
@@ -90,20 +94,49 @@ def tell_if_not_ready(asked: str, choice: Choice, store: Store, image: StoredIma
         return
     name = image.name or image.digest
     sys.stderr.write(f"flatmount: the flat tree of {name} is not ready: strategy {choice.name}\n")
-    if not store.building():
-        _in_background(store.root, image.digest, None)
+    try:
+        if not store.building():
+            _in_background(store.root, image.digest, None)
+    except (OSError, FlatmountError) as error:
+        _tell_nobody_builds(image, error)
 
 
 def flatten_when(when: str, store: Store, image: StoredImage, form: FlatForm) -> None:
     """Build the flat tree of an image that was just stored, as `--flatten` says; nothing where there is one."""
     if when == "first-use":
         return
-    if store.flat_tree(image, form) is not None:
-        store.prefer_flat(image, form)
-    elif when == "now":
-        store.ensure_flat(image, form)
-    else:
-        _in_background(store.root, image.digest, form)
+    if when == "now" or store.flat_tree(image, form) is not None:
+        _build(store, image, form, asked=form is not configured_form())
+        return
+    try:
+        _in_background(store.root, image.digest, None if form is configured_form() else form)
+    except (OSError, FlatmountError) as error:
+        _tell_nobody_builds(image, error)
+
+
+def _tell_nobody_builds(image: StoredImage, error: OSError | FlatmountError) -> None:
+    """What was asked for is done; that its flat tree is not begun is no failure of it."""
+    why = error.line() if isinstance(error, FlatmountError) else from_os_error(error, "start a process").line()
+    name = image.name or image.digest
+    sys.stderr.write(f"flatmount: nobody builds the flat tree of {name} (`flatmount image flatten` does): {why}\n")
+
+
+def _build(store: Store, image: StoredImage, form: FlatForm, *, asked: bool) -> tuple[str, FlatForm]:
+    """Build the flat tree unless it is there, and let containers have it; returns it and its form.
+
+    An EROFS image that cannot be made gives way to hard links, with a line on stderr, where nobody `asked` for it but
+    the configuration: otherwise every start would begin another build of it. Raises: StoreError, UnknownImage.
+    """
+    try:
+        tree = store.ensure_flat(image, form)
+    except StoreError as error:
+        if asked or form is not FlatForm.EROFS:
+            raise
+        sys.stderr.write(f"flatmount: {error.line()}: the flat tree is made of hard links\n")
+        form = FlatForm.HARDLINK
+        tree = store.ensure_flat(image, form)
+    store.prefer_flat(image, form)
+    return tree, form
 
 
 # Run by whichever interpreter runs us, with the package found where ours was.
@@ -111,7 +144,10 @@ _PROGRAM = "import sys; sys.path.insert(0, sys.argv.pop(1)); from flatmount.cli.
 
 
 def _in_background(root: str, digest: str, form: FlatForm | None) -> None:
-    """Build it in a process that is nobody's child and holds none of our streams.
+    """Build it in a process that is nobody's child and holds none of our streams, unless one was begun already.
+
+    That one holds a lock for as long as it lives, which it inherits: of an open file description, so that neither fork
+    nor execve lets go of it. Raises: OSError.
 
     Forked twice and then started anew: SQLite's state must not be used behind a fork (a connection made there takes
     the locks of its parent's for its own, and its commits get lost). What a kill leaves of it the next command sweeps.
@@ -120,6 +156,25 @@ def _in_background(root: str, digest: str, form: FlatForm | None) -> None:
     command = [sys.executable, "-c", _PROGRAM, package, "image", "flatten", digest, "--root", root]
     if form is not None:
         command += ["--flat-format", form]
+    lock = os.open(os.path.join(root, "v1", _LOCK), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        if _take(lock, f"{digest} {form}"):
+            _start(command, lock)
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, what: str) -> bool:
+    """Take the byte of the lock file that stands for `what`; whether nobody has it."""
+    at = int.from_bytes(hashlib.sha256(what.encode()).digest()[:7])
+    try:
+        fcntl.fcntl(lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, at, 1, 0))
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _start(command: list[str], lock: int) -> None:
     pid = os.fork()
     if pid:
         os.waitpid(pid, 0)
@@ -127,6 +182,7 @@ def _in_background(root: str, digest: str, form: FlatForm | None) -> None:
     try:
         os.setsid()
         if os.fork() == 0:
+            os.set_inheritable(lock, True)
             os.chdir("/")
             null = os.open(os.devnull, os.O_RDWR)
             for stream in range(3):
@@ -140,12 +196,17 @@ def _run(args: argparse.Namespace) -> int:
     with open_store(args) as store:
         image = store.image(args.image)
         form = usable_form(args, store)
-        there = store.flat_tree(image, form) is not None
-        tree = store.ensure_flat(image, form)
-        store.prefer_flat(image, form)
+        before = {one: store.flat_tree(image, one) for one in FlatForm}
+        tree, form = _build(store, image, form, asked=args.flat_format is not None)
     if args.json:
-        facts = {"name": image.name, "digest": image.digest, "flat_tree": tree, "form": form, "built": not there}
+        facts = {
+            "name": image.name,
+            "digest": image.digest,
+            "flat_tree": tree,
+            "form": form,
+            "built": tree != before[form],
+        }
         print_json("image-flatten", facts)
     else:
-        print(f"{tree}: {'was there already' if there else 'built'}")
+        print(f"{tree}: {'was there already' if tree == before[form] else 'built'}")
     return EXIT_FINE

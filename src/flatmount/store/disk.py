@@ -15,6 +15,7 @@
     ROOT/v1/reserve/        room for the book on a full disk; see flatmount.store.reserve
     ROOT/v1/lock            held shared by whoever has something in staging, exclusively by whoever sweeps
     ROOT/v1/build.lock      held by whoever builds a flat or shifted tree
+    ROOT/v1/background.lock a byte for each build that a command began behind it; see flatmount.cli.flatten
 
 A tree appears in this order: staging, syncfs, rename, fsync of the directory, the book. It goes in the
 opposite order. So after a kill at any moment there are only trees that the book does not know, and `sweep`
