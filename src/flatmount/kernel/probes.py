@@ -103,6 +103,7 @@ _FEATURES = (
     ("erofs_devices", "EROFS images through loop devices, id-mapped", "5.19"),
 )
 _TRIED = tuple(name for name, _, _ in _FEATURES[:6])
+_IMAGES = ("erofs_files", "erofs_devices")
 
 
 def probe(directory: str, *, images: bool = True) -> Probes:
@@ -112,13 +113,12 @@ def probe(directory: str, *, images: bool = True) -> Probes:
     mounts, all gone when it returns, and a small directory below `directory`, removed again. Needs CAP_SYS_ADMIN and
     write access there; what cannot be tried counts as absent, with the kernel's word.
     """
-    answers = dict.fromkeys(("erofs_files", "erofs_devices"), "not tried: there is no image")
+    answers = dict.fromkeys(_IMAGES, "not tried: there is no image")
     try:
         with closing(empty_mount_namespace()) as empty:
             answers |= _answers_inside(directory, empty, user_namespace(_MAPPING), images)
     except (OSError, FlatmountError) as error:
-        refusal = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
-        answers = dict.fromkeys((*_TRIED, "erofs_files", "erofs_devices"), f"not tried: {refusal}")
+        answers = dict.fromkeys((*_TRIED, *_IMAGES), _not_tried(error))
     answers["open_tree_attr"] = "no such call" if _native.try_open_tree_attr() == errno.ENOSYS else ""
     answers["statmount"] = "" if table_source() is TableSource.STATMOUNT else "no such call"
     answers["mount_events"] = _refusal(lambda: MountEvents().close())
@@ -149,9 +149,21 @@ def _answers_inside(directory: str, empty: Namespace, namespace: Namespace, imag
         clone = run_once(MountPlan((OpenTree(_TREE, scratch),), outputs=(_TREE,))).outputs[0]
         try:
             # Nothing of EROFS is attached to be tried, and loop devices are the host's.
-            return apart(lambda: attempts(scratch, clone)) | (_erofs(scratch, namespace) if images else {})
+            return apart(lambda: attempts(scratch, clone)) | (_image_answers(scratch, namespace) if images else {})
         finally:
             os.close(clone)
+
+
+def _image_answers(scratch: str, namespace: Namespace) -> dict[str, str]:
+    # On a full disk no image can be made to be tried with, which says nothing about anything else.
+    try:
+        return _erofs(scratch, namespace)
+    except (OSError, FlatmountError) as error:
+        return dict.fromkeys(_IMAGES, _not_tried(error))
+
+
+def _not_tried(error: OSError | FlatmountError) -> str:
+    return f"not tried: {os.strerror(error.errno or 0) if isinstance(error, OSError) else error}"
 
 
 def _refusal(attempt: Callable[[], object]) -> str:
