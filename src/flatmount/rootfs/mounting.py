@@ -23,7 +23,8 @@ from flatmount.rootfs.signals import undivided
 from flatmount.rootfs.uppers import UpperPlace, check_reuse, make_upper, remove_own_upper
 from flatmount.rootfs.workplace import sweep, workplace
 from flatmount.store import FlatForm, Store, StoredImage
-from flatmount.strategies import PINNING, Choice, Upper
+from flatmount.strategies import PINNING, Choice, Upper, flat
+from flatmount.strategies.parts import EROFS
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,4 +292,5 @@ def _is_ours(entry: MountEntry, record: Record, state: State) -> bool:
     if state is State.MOUNTED:
         return False
     ours = entry.source in (f"flatmount-{record.upper}", "overlay") or "/v1/data/" in entry.root
-    return ours or entry.fs_type == "erofs"
+    # An EROFS image is mounted itself only as a read-only root.
+    return ours or (entry.fs_type == EROFS and not record.writable and record.strategy == flat.NAME)
