@@ -25,6 +25,7 @@ from flatmount.store.references import resolve
 
 SCHEMA: Final = "flatmount.catalogue/1"
 _NAME: Final = "catalogue"
+_NONE: Final = (None, False)
 
 
 def publish(base: str, database: Database, images: Callable[[], Sequence[StoredImage]]) -> None:
@@ -39,9 +40,10 @@ def publish(base: str, database: Database, images: Callable[[], Sequence[StoredI
             if _first_line(path) == head:
                 return
             flats = dict(db.execute("SELECT chain_id, number FROM flats").fetchall())
-            erofs = dict(db.execute("SELECT chain_id, number FROM erofs").fetchall())
+            rows = db.execute("SELECT chain_id, number, preferred FROM erofs").fetchall()
+            erofs = {chain_id: (number, bool(preferred)) for chain_id, number, preferred in rows}
             body = json.dumps(
-                [_as_data(image, flats.get(image.chain_id), erofs.get(image.chain_id)) for image in images()]
+                [_as_data(image, flats.get(image.chain_id), *erofs.get(image.chain_id, _NONE)) for image in images()]
             )
             _replace(path, head + body)
     except OSError:
@@ -52,11 +54,18 @@ def publish(base: str, database: Database, images: Callable[[], Sequence[StoredI
 class Catalogue:
     """A store as its catalogue tells. A context manager, as Store is; its images have no configuration."""
 
-    def __init__(self, root: str, images: tuple[StoredImage, ...], flats: dict[tuple[str, FlatForm], str]) -> None:
+    def __init__(
+        self,
+        root: str,
+        images: tuple[StoredImage, ...],
+        flats: dict[tuple[str, FlatForm], str],
+        preferring_erofs: frozenset[str],
+    ) -> None:
         self.root = root
         self.data = os.path.join(root, "v1", "data")
         self._images = images
         self._flats = flats
+        self._preferring_erofs = preferring_erofs
 
     @classmethod
     def open(cls, root: str) -> Catalogue:
@@ -75,13 +84,14 @@ class Catalogue:
                 for form, kind in ((FlatForm.HARDLINK, "flat"), (FlatForm.EROFS, "erofs"))
                 if entry.get(kind) is not None
             }
+            preferring = frozenset(entry["chain_id"] for entry in entries if entry.get("erofs_preferred"))
         except (OSError, ValueError, KeyError, TypeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not readable"
             raise StoreError(
                 f"the store at {root} is another user's, and {path}: {why}",
                 hint="run as the store's owner, usually root; a command of the owner makes the catalogue",
             ) from error
-        return cls(root, images, flats)
+        return cls(root, images, flats, preferring)
 
     def __enter__(self) -> Self:
         return self
@@ -103,9 +113,10 @@ class Catalogue:
         return self._flats.get((image.chain_id, form))
 
     def flat_form(self, image: StoredImage) -> FlatForm:
-        """The form of flat tree that there is."""
-        linked = self.flat_tree(image) is not None or self.flat_tree(image, FlatForm.EROFS) is None
-        return FlatForm.HARDLINK if linked else FlatForm.EROFS
+        """As Store.flat_form."""
+        linked = self.flat_tree(image) is not None and image.chain_id not in self._preferring_erofs
+        there = self.flat_tree(image, FlatForm.EROFS) is not None
+        return FlatForm.EROFS if there and not linked else FlatForm.HARDLINK
 
 
 def _fingerprint(db: sqlite3.Connection) -> str:
@@ -115,7 +126,7 @@ def _fingerprint(db: sqlite3.Connection) -> str:
         "SELECT digest, imported_ns FROM images ORDER BY digest",
         "SELECT name, image FROM names ORDER BY name",
         "SELECT number FROM flats ORDER BY number",
-        "SELECT number FROM erofs ORDER BY number",
+        "SELECT number, preferred FROM erofs ORDER BY number",
     ):
         state.update(repr(db.execute(query).fetchall()).encode())
     return state.hexdigest()
@@ -153,7 +164,7 @@ def _replace(path: str, text: str) -> None:
         raise
 
 
-def _as_data(image: StoredImage, flat: int | None, erofs: int | None) -> dict[str, Any]:
+def _as_data(image: StoredImage, flat: int | None, erofs: int | None, erofs_preferred: bool) -> dict[str, Any]:
     return {
         "name": image.name,
         "digest": image.digest,
@@ -162,6 +173,7 @@ def _as_data(image: StoredImage, flat: int | None, erofs: int | None) -> dict[st
         "layers": [[layer.diff_id, layer.path, layer.entries, layer.size_bytes] for layer in image.layers],
         "flat": flat,
         "erofs": erofs,
+        "erofs_preferred": erofs_preferred,
         "files": image.files,
         "root": [image.root.mode, image.root.uid, image.root.gid, image.root.mtime_ns],
         "owners": {"uids": image.owners.uids, "gids": image.owners.gids},

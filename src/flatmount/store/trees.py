@@ -73,6 +73,7 @@ class Trees:
             with self._database.transaction() as db:
                 wanted = int(form is FlatForm.EROFS)
                 db.execute("UPDATE erofs SET preferred = ? WHERE chain_id = ?", (wanted, chain_id))
+            self._publish()
 
     def ensure(self, image: StoredImage, form: FlatForm) -> str:
         """The image's flat tree, built when there is none; others wait for it."""
