@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -11,12 +12,13 @@ import pytest
 from images import directory, file, hardlink, layout_of, symlink
 from trees import facts
 
+from flatmount.cli import fsck as verb
 from flatmount.errors import FlatmountError, UnknownImage
 from flatmount.image import open_source
 from flatmount.kernel.probes import probe
 from flatmount.kernel.tree import Flattened, flatten
 from flatmount.rootfs.image import choose_for, specification, trees_of
-from flatmount.store import Finding, FlatForm, Part, Repair, Store, trees
+from flatmount.store import Checked, Finding, FlatForm, Part, Repair, Store, trees
 
 LAYERS = [
     [
@@ -291,6 +293,23 @@ def test_what_was_repaired_before_it_is_held_is_not_mounted(store: Store, source
     image = store.image("web")
     spec = specification(store, image, choose_for(strategy, store, image, facts))
     store.hold(image, "mount:one", trees=trees_of(spec))
+
+
+def test_only_what_was_repaired_is_bad_again(store: Store, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two findings that the last pass leaves, one was repaired before and one came to light by that."""
+    one, other = (Finding(Part.FLAT, f"data/flat/{number}", ("bad",), 1) for number in (1, 2))
+
+    def done(_: Store, findings: Sequence[Finding], sources: object) -> tuple[Repair, ...]:
+        return tuple(Repair(finding, done="taken away") for finding in findings)
+
+    monkeypatch.setattr(Store, "repair", done)
+    monkeypatch.setattr(verb, "_PASSES", 1)
+    monkeypatch.setattr(verb, "_check", lambda store, args: Checked(1, 2, 3, True, (one, other)))
+    repairs = verb._repair(store, Checked(1, 2, 3, True, (one,)), [], argparse.Namespace())
+    assert [(repair.finding, repair.why) for repair in repairs if repair.why] == [
+        (one, "it is bad again after its repair"),
+        (other, "it was found while others were repaired; repair again"),
+    ]
 
 
 def repaired(store: Store, source: str) -> tuple[Repair, ...]:

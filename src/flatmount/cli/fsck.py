@@ -134,7 +134,9 @@ def _repair(store: Store, checked: Checked, sources: list[ImageSource], args: ar
         findings = tuple(finding for finding in _check(store, args).findings if finding.subject not in known)
         if not findings:
             break
-    return repairs + [Repair(finding, why="it is bad again after its repair") for finding in findings]
+    done = {repair.finding.subject for repair in repairs if repair.done}
+    whys = {True: "it is bad again after its repair", False: "it was found while others were repaired; repair again"}
+    return repairs + [Repair(finding, why=whys[finding.subject in done]) for finding in findings]
 
 
 def _facts(checked: Checked, repairs: list[Repair]) -> dict[str, Any]:
