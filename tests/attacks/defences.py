@@ -472,6 +472,36 @@ DEFENCES = (
         ("kernel/test_pull.py::test_a_failure_leaves_the_store_as_it_was", DAMAGED),
     ),
     Defence(
+        "what an interrupt finds committed is not undone",
+        (("src/flatmount/store/database.py", "known = self.known_trees()[kind]", "known: set[int] = set()"),),
+        (
+            "kernel/test_interrupted.py::test_an_import_that_is_in_the_book_stays",
+            "kernel/test_interrupted.py::test_a_flat_tree_that_is_in_the_book_stays",
+            "kernel/test_interrupted.py::test_a_repair_that_is_in_the_book_stays",
+        ),
+    ),
+    Defence(
+        "a tree is made of what is still there",
+        never("src/flatmount/store/trees.py", "if not all(is_booked(db, source) for source in sources):"),
+        ("kernel/test_fsck.py::test_a_tree_is_made_again_when_its_source_is_repaired_meanwhile",),
+    ),
+    Defence(
+        "a lease finds what it is for",
+        never(STORE, "if not all(is_booked(db, tree) for tree in trees):"),
+        ("kernel/test_fsck.py::test_what_was_repaired_before_it_is_held_is_not_mounted",),
+    ),
+    Defence(
+        "an upper is looked at when it goes",
+        (
+            (
+                "src/flatmount/rootfs/collecting.py",
+                "if upper.name in mounted or upper.name in _spoken_for(store, records, containers):",
+                "if upper.name in mounted:",
+            ),
+        ),
+        ("e2e/test_gc.py::test_a_kept_upper_that_is_mounted_while_others_are_removed_stays",),
+    ),
+    Defence(
         "a lease keeps its image",
         never(STORE, "if holders:"),
         ("kernel/test_images.py::test_an_image_in_use_stays",),
