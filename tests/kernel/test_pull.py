@@ -249,7 +249,12 @@ def test_a_pull_that_is_ended(registry: FakeRegistry, tmp_path: Path, how: signa
     command = [sys.executable, "-m", "flatmount", "image", "pull", f"{registry.host}/app:v1", "--plain-http"]
     environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
     with subprocess.Popen(
-        [*command, "--root", str(root)], stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--root", str(root)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # What a shell without job control starts in the background ignores Ctrl-C, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         try:
             deadline = time.monotonic() + 30
