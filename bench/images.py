@@ -9,6 +9,7 @@ import subprocess
 from flatmount.image.demo import build_demo, default_cache
 from flatmount.image.layer_tar import LayerTar
 from flatmount.image.layout_writer import new_layout
+from flatmount.image.model import host
 
 FILES = 1000
 
@@ -22,7 +23,7 @@ def generated_image(path: str, *, layers: int) -> str:
             for number in range(layer, FILES, layers):
                 tar.file(f"d{number % 20}/f{number}", b"%d\n" % number)
             written.append(layout.add_layer([tar.finish()]))
-        layout.add_image({"architecture": _architecture(), "os": "linux"}, written, name=os.path.basename(path))
+        layout.add_image({"architecture": host().architecture, "os": "linux"}, written, name=os.path.basename(path))
     return path
 
 
@@ -44,14 +45,9 @@ def _debian_system(place: str) -> str:
         ["mmdebstrap", "--quiet", "--variant=essential", "bookworm", archive],
         ["umoci", "init", "--layout", layout],
         ["umoci", "new", "--image", f"{layout}:system"],
-        ["umoci", "config", "--image", f"{layout}:system", "--architecture", _architecture(), "--os", "linux"],
+        ["umoci", "config", "--image", f"{layout}:system", "--architecture", host().architecture, "--os", "linux"],
         ["umoci", "raw", "add-layer", "--image", f"{layout}:system", archive],
     ):
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     os.unlink(archive)
     return f"{layout}:system"
-
-
-def _architecture() -> str:
-    machine = os.uname().machine
-    return {"x86_64": "amd64", "aarch64": "arm64"}.get(machine, machine)

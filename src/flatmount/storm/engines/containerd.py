@@ -20,7 +20,7 @@ from typing import Any, Final, Self
 
 from flatmount.errors import FlatmountError, MissingFeature
 from flatmount.runtime import cgroups
-from flatmount.runtime.daemons import kill_those_of
+from flatmount.runtime.daemons import end_program, kill_those_of, start_program
 from flatmount.store import StoredImage
 from flatmount.storm.engines.base import Ask
 from flatmount.storm.engines.runc import document, spec_json
@@ -113,15 +113,9 @@ class ContainerdEngine:
         with open(f"{self._base}/config.toml", "w", encoding="utf-8") as file:
             file.write(_CONFIG.format(base=self._base))
         environment = {**os.environ, "PATH": self._path}
-        with open(f"{self._base}/log", "wb") as log:
-            self._daemon = subprocess.Popen(
-                [shutil.which("containerd", path=self._path) or "containerd", "--config", f"{self._base}/config.toml"],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,
-            )
+        program = shutil.which("containerd", path=self._path) or "containerd"
+        command = [program, "--config", f"{self._base}/config.toml"]
+        self._daemon = start_program(command, f"{self._base}/log", environment)
         try:
             self._channel = self._grpc.insecure_channel(f"unix://{self._base}/socket")
             self._wait_until_ready()
@@ -137,12 +131,7 @@ class ContainerdEngine:
         if self._channel is not None:
             self._channel.close()
         if self._daemon is not None:
-            self._daemon.terminate()
-            try:
-                self._daemon.wait(_START_S)
-            except subprocess.TimeoutExpired:
-                self._daemon.kill()
-                self._daemon.wait()
+            end_program(self._daemon)
         kill_those_of(self._base)
 
     def start(self, ask: Ask) -> Started:
