@@ -12,7 +12,7 @@ from bench.images import generated_image
 from bench.measure import (
     Figures,
     assemble_all,
-    build_floor,
+    build_program,
     mappings,
     place,
     ratio,
@@ -144,7 +144,7 @@ def run() -> None:
     """The whole section."""
     print(METHOD)
     with place() as ram:
-        program = build_floor(ram)
+        program = build_program(ram, "floor", "-pthread")
         with Store.open(f"{ram}/store", create=True) as store:
             image = import_demo(store, layers=LAYERS, name="demo", progress=lambda text: None)
             bench = Bench(store, image, ram)

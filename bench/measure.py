@@ -81,11 +81,11 @@ def assemble_all(
     return took / count / 1000
 
 
-def build_floor(directory: str) -> str:
-    """Compile the C loop; returns the program."""
-    program = os.path.join(directory, "floor")
-    source = Path(__file__).with_name("floor.c")
-    subprocess.run(["cc", "-O2", "-pthread", "-o", program, str(source)], check=True)
+def build_program(directory: str, name: str, *flags: str) -> str:
+    """Compile the C program `name` of this package into `directory`; returns its path."""
+    program = os.path.join(directory, name)
+    source = Path(__file__).with_name(f"{name}.c")
+    subprocess.run(["cc", "-O2", "-o", program, str(source), *flags], check=True)
     return program
 
 

@@ -3,17 +3,28 @@ start through `ctr` costs in each form, alone and beside ten thousand mounts."""
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import grpc
 
+from bench.clients import (
+    CALLS,
+    Load,
+    Served,
+    Service,
+    build_client,
+    build_floor_service,
+    build_go_client,
+    call,
+    grpcio_floor,
+    serving,
+)
 from bench.measure import Figures, ratio, show_ratio
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.namespaces import enter_private_mounts
@@ -22,66 +33,88 @@ from flatmount.plan.operations import Mount, MountFlag, MountPlan, Unmount, Unmo
 from flatmount.snapshotter.engine import Engine, engine_place, running_engine
 from flatmount.snapshotter.wire import snapshots_pb2 as wire
 
-CALLS = (
-    "one cycle is Prepare, Mounts and Remove of a container on an image of 50 layers; client and service are processes "
-    "of their own on the same processors; the floor is a service on the same library that does nothing; 3 rounds "
-    "interleaved, medians"
-)
+METHOD = """\
+One cycle is Prepare, Mounts and Remove of a container on an image of 50 layers. Client and service are processes of
+their own on the same processors; a floor is a service that does nothing. In a burst, 50 cycles begin at once and the
+next 50 when the last has ended. Medians of 3 interleaved rounds: calls a second, ms of a cycle and of each call, and us
+of processor time that the client itself takes for a call."""
 STARTS = "`ctr run --rm` of a program that ends at once, 50 layers, one user range; medians of 15, forms interleaved"
-IN_FLIGHT = (1, 10, 50)
-ROUNDS, CYCLES, LAYERS, MANY, RUNS = 3, 400, 50, 10_000, 15
-FLOOR, OURS, MAPPED, BUILT_IN = "floor", "flatmount", "flatmount, mapped", "containerd's overlayfs"
+ROUNDS, CYCLES, LAYERS, MANY, RUNS = 3, 1000, 50, 10_000, 15
+FLOOR, GRPCIO, OURS, MAPPED = "floor on libnghttp2", "floor on grpcio", "flatmount", "flatmount, mapped"
+BUILT_IN = "containerd's overlayfs"
+LOADS = {
+    "1 in flight": Load(1, CYCLES),
+    "10 in flight": Load(10, CYCLES),
+    "50 in flight": Load(50, CYCLES),
+    "bursts of 50": Load(50, CYCLES, burst=True),
+}
+LIGHT, CONTAINERDS = "a client on libnghttp2", "a client on grpc-go, as containerd is"
+AIMED_AT = "50 in flight"
+GO_LOADS = (AIMED_AT, "bursts of 50")
+TARGET_MS = 5
 
 
-def run() -> None:
-    """The whole section."""
+def run(part: str = "") -> None:
+    """The whole section, or one part of it."""
+    parts = {"calls": _calls, "starts": _starts}
+    if part and part not in parts:
+        sys.exit(f"bench: snapshotter has no part {part!r}; there are {', '.join(parts)}")
     enter_private_mounts()
     with engine_place() as place:
         write_tiny_image(f"{place}/image", LAYERS)
         subprocess.run(["tar", "-C", f"{place}/image", "-cf", f"{place}/image.tar", "."], check=True)
-        _calls(place)
-        _starts(place)
+        for name in [part] if part else parts:
+            parts[name](place)
     print()
 
 
 def _calls(place: str) -> None:
-    print(CALLS)
+    print(METHOD)
     work = f"{place}/calls"
     os.mkdir(work, 0o711)
-    with running_engine(work) as engine, _floor(f"{work}/floor.sock") as floor:
+    clients = {LIGHT: build_client(place), CONTAINERDS: build_go_client(place)}
+    floors = [build_floor_service(place), f"{work}/floor.sock"], grpcio_floor(f"{work}/grpcio.sock")
+    with (
+        running_engine(work) as engine,
+        serving(floors[0], f"{work}/floor.sock") as floor,
+        serving(floors[1], f"{work}/grpcio.sock") as grpcio,
+    ):
         engine.take_image(f"{place}/image.tar", NAME)
         engine.take_image(f"{place}/image.tar", NAME, snapshotter="overlayfs")
         own, theirs = _top(engine.snapshotter_socket, "flatmount"), _top(engine.socket, "overlayfs")
         engine.ctr("run", "--rm", "--snapshotter", "flatmount", NAME, "first", PROGRAM)
         time.sleep(2)
         ways = {
-            FLOOR: (floor, "", "none", "plain"),
-            OURS: (engine.snapshotter_socket, own, "flatmount", "plain"),
-            MAPPED: (engine.snapshotter_socket, own, "flatmount", "mapped"),
-            BUILT_IN: (engine.socket, theirs, "overlayfs", "plain"),
+            FLOOR: Service(floor, "", "none"),
+            GRPCIO: Service(grpcio, "", "none"),
+            OURS: Service(engine.snapshotter_socket, own, "flatmount"),
+            MAPPED: Service(engine.snapshotter_socket, own, "flatmount", mapped=True),
+            BUILT_IN: Service(engine.socket, theirs, "overlayfs"),
         }
-        seen: dict[tuple[str, int], list[dict[str, float]]] = {}
-        for turn in range(ROUNDS):
-            for in_flight in IN_FLIGHT:
-                names = list(ways)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    socket, parent, snapshotter, mapped = ways[name]
-                    words = (socket, str(in_flight), str(CYCLES), parent, snapshotter, mapped)
-                    command = [sys.executable, "-m", "bench.snapshot_client", *words]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-                    seen.setdefault((name, in_flight), []).append(json.loads(done.stdout))
-    for in_flight in IN_FLIGHT:
-        print(f"  {in_flight} in flight: calls a second, p50 and p99 of a cycle in ms")
-        figures = {name: _figures(seen[name, in_flight]) for name in ways}
-        for name, (rate, p50, p99) in figures.items():
-            print(f"    {name:<26} {rate.median:8.0f}   {p50.median:8.1f}   {p99.median:8.1f}")
-        show_ratio(f"p99 of a cycle, {OURS} against the floor", ratio(figures[OURS][2], figures[FLOOR][2]))
-        show_ratio(f"p99 of a cycle, {OURS} against {BUILT_IN}", ratio(figures[OURS][2], figures[BUILT_IN][2]))
+        for client, loads in ((LIGHT, tuple(LOADS)), (CONTAINERDS, GO_LOADS)):
+            for load in loads:
+                seen: dict[str, list[Served]] = {name: [] for name in ways}
+                for turn in range(ROUNDS):
+                    names = list(ways)
+                    for name in names[turn % len(names) :] + names[: turn % len(names)]:
+                        seen[name].append(call(clients[client], ways[name], LOADS[load]))
+                _show_calls(f"{client}, {load}", seen, target=load == AIMED_AT)
 
 
-def _figures(rounds: list[dict[str, float]]) -> tuple[Figures, Figures, Figures]:
-    rate, p50, p99 = (Figures(tuple(r[k] for r in rounds)) for k in ("calls_per_second", "p50_ms", "p99_ms"))
-    return rate, p50, p99
+def _show_calls(what: str, seen: Mapping[str, Sequence[Served]], *, target: bool) -> None:
+    columns = ("calls/s", "p50", "p99", "max", *(f"{name} p99" for name in CALLS), "client us")
+    print(f"  {what}")
+    print(f"    {'':<24}" + "".join(f"{column:>13}" for column in columns))
+    for name, rounds in seen.items():
+        rows = [(r.calls_per_second, r.p50_ms, r.p99_ms, r.max_ms, *r.each_p99_ms, r.cpu_us_per_call) for r in rounds]
+        medians = [statistics.median(values) for values in zip(*rows, strict=True)]
+        print(f"    {name:<24}{medians[0]:13.0f}" + "".join(f"{value:13.2f}" for value in medians[1:]))
+    p99 = {name: Figures(tuple(r.p99_ms for r in rounds)) for name, rounds in seen.items()}
+    if target:
+        for name in (OURS, MAPPED):
+            show_ratio(f"p99 of a cycle, {name}, ms", p99[name], target=f"< {TARGET_MS}")
+    for name, other in ((OURS, FLOOR), (OURS, GRPCIO), (OURS, BUILT_IN), (MAPPED, BUILT_IN)):
+        show_ratio(f"p99 of a cycle, {name} against {other}", ratio(p99[name], p99[other]))
 
 
 def _starts(place: str) -> None:
@@ -153,19 +186,6 @@ def _beside(path: str, many: int) -> Iterator[None]:
         yield
     finally:
         run_once(MountPlan((Unmount(path, UnmountFlag.DETACH),)))
-
-
-@contextmanager
-def _floor(socket: str) -> Iterator[str]:
-    process = subprocess.Popen([sys.executable, "-m", "bench.snapshot_client", socket, "SERVE"])
-    try:
-        deadline = time.monotonic() + 20
-        while not os.path.exists(socket) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        yield socket
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def _top(socket: str, snapshotter: str) -> str:
