@@ -39,14 +39,14 @@ their own on the same processors; a floor is a service that does nothing. In a b
 next 50 when the last has ended. Medians of 3 interleaved rounds: calls a second, ms of a cycle and of each call, and us
 of processor time that the client itself takes for a call."""
 STARTS = "`ctr run --rm` of a program that ends at once, 50 layers, one user range; medians of 15, forms interleaved"
-ROUNDS, CYCLES, LAYERS, MANY, RUNS = 3, 1000, 50, 10_000, 15
+ROUNDS, LAYERS, MANY, RUNS = 3, 50, 10_000, 15
 FLOOR, GRPCIO, OURS, MAPPED = "floor on libnghttp2", "floor on grpcio", "flatmount", "flatmount, mapped"
 BUILT_IN = "containerd's overlayfs"
 LOADS = {
-    "1 in flight": Load(1, CYCLES),
-    "10 in flight": Load(10, CYCLES),
-    "50 in flight": Load(50, CYCLES),
-    "bursts of 50": Load(50, CYCLES, burst=True),
+    "1 in flight": Load(1, 500),
+    "10 in flight": Load(10, 1000),
+    "50 in flight": Load(50, 1000),
+    "bursts of 50": Load(50, 1000, burst=True),
 }
 LIGHT, CONTAINERDS = "a client on libnghttp2", "a client on grpc-go, as containerd is"
 AIMED_AT = "50 in flight"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flatmount.errors import FlatmountError
-from flatmount.report.starts import render
+from flatmount.report.starts import page, render
 from flatmount.storm.engines.containerd import field, fields
 from flatmount.storm.results import HostFacts, ImageFacts, LatencyMs, ProbeMs
 from flatmount.storm.starts_results import Skipped, StartSettings, StartsReport, WaveResult
@@ -50,6 +50,7 @@ def test_a_report_has_a_line_for_each_engine_and_wave_and_names_what_was_left_ou
         (Skipped("podman", "there is no podman; install podman"),),
         (wave("flatmount", 0, 0, 50.0), wave("flatmount", 1, 1, 55.0)),
         16,
+        ("flatmount: c1 could not be ended: <busy>",),
     )
     lines = render(report).splitlines()
     assert [line.split()[:4] for line in lines if line.startswith("flatmount")] == [
@@ -58,4 +59,7 @@ def test_a_report_has_a_line_for_each_engine_and_wave_and_names_what_was_left_ou
     ]
     assert "podman was left out: there is no podman; install podman" in lines
     assert "the runtime of flatmount started in copies of 16 mounts" in lines
+    assert "left behind: flatmount: c1 could not be ended: <busy>" in lines
+    assert "<h2>Left behind</h2><ul><li>flatmount: c1 could not be ended: &lt;busy&gt;</li></ul>" in page(report)
+    assert StartsReport.from_json(json.loads(json.dumps(report.to_json()))) == report
     assert json.loads(json.dumps(report.to_json()))["schema"] == "flatmount.starts/1"

@@ -92,7 +92,8 @@ def run_engines(
     if args.html is not None:
         with open(args.html, "w", encoding="utf-8") as file:
             file.write(page(report))
-    return EXIT_FAILED if not report.waves or any(wave.failed for wave in report.waves) else EXIT_FINE
+    fine = report.waves and not report.left and not any(wave.failed for wave in report.waves)
+    return EXIT_FINE if fine else EXIT_FAILED
 
 
 def _write(report: StartsReport, path: str | None) -> None:

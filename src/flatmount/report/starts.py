@@ -18,7 +18,7 @@ _HEADS = ("engine", "running before", "starts per s", "p50 ms", "p99 ms", "probe
 
 
 def render(report: StartsReport) -> str:
-    """Medians over the repeats, with the engines that were not there and the failures named below."""
+    """Medians over the repeats; below, engines that were not there, failures, and what could not be taken away."""
     settings = report.settings
     held = ", held" if settings.hold else ""
     lines = [
@@ -34,6 +34,7 @@ def render(report: StartsReport) -> str:
     lines += [f"{one.engine} was left out: {one.reason}" for one in report.skipped]
     for message in dict.fromkeys(f"{wave.engine}: {text}" for wave in report.waves for text in wave.failures):
         lines.append(message)
+    lines += [f"left behind: {what}" for what in report.left]
     return "\n".join(lines) + "\n"
 
 
@@ -54,6 +55,9 @@ def page(report: StartsReport) -> str:
     if failures:
         listed = "".join(f"<li>{escape(text)}</li>" for text in failures)
         parts.append(f"<section><h2>What failed</h2><ul>{listed}</ul></section>")
+    if report.left:
+        listed = "".join(f"<li>{escape(text)}</li>" for text in report.left)
+        parts.append(f"<section><h2>Left behind</h2><ul>{listed}</ul></section>")
     parts.append(_facts(report))
     return document(title, engines, parts)
 

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flatmount.errors import FlatmountError, MissingFeature, UsageError, from_os_error
@@ -23,7 +23,7 @@ from flatmount.runtime.request import Attachment
 from flatmount.store import Store, StoredImage
 from flatmount.storm.burst import together
 from flatmount.storm.containers import FIRST_HOST_ID, MOST_CONTAINERS, RANGE_SIZE
-from flatmount.storm.engine import Progress, Stop, background_mounts, rotated, stoppable
+from flatmount.storm.engine import Interrupted, Progress, Stop, background_mounts, rotated, stoppable
 from flatmount.storm.engines.base import Arrivals, Ask, Engine
 from flatmount.storm.engines.containerd import ContainerdEngine
 from flatmount.storm.engines.own import FlatmountEngine
@@ -46,6 +46,10 @@ class _Wave:
     failures: list[str] = field(default_factory=list)
 
 
+# Containers that were started and are not ended: their names, and what the engine's `undo` takes.
+_Held = list[tuple[str, Any]]
+
+
 def run_starts(
     store: Store,
     image: StoredImage,
@@ -63,9 +67,33 @@ def run_starts(
         layout: the image as an OCI layout, for engines with image stores of their own.
         containerd: a directory with other binaries of containerd than those on PATH.
 
+    What cannot be ended or taken down afterwards is said in the report: what was measured is not lost for it.
     Raises: FlatmountError; Interrupted.
     """
     _check(settings)
+    report: StartsReport | None = None
+    try:
+        with ExitStack() as stack:
+            report = _measure(stack, store, image, settings, facts, run, layout, containerd, progress)
+    except FlatmountError as error:
+        if report is None or isinstance(error, Interrupted):
+            raise
+        # Everything was measured, and an engine could not be taken down.
+        report = replace(report, left=(*report.left, str(error)))
+    return report
+
+
+def _measure(
+    stack: ExitStack,
+    store: Store,
+    image: StoredImage,
+    settings: StartSettings,
+    facts: HostFacts,
+    run: str,
+    layout: str | None,
+    containerd: str | None,
+    progress: Progress,
+) -> StartsReport:
     standing = settings.containers * (settings.waves if settings.hold else 1)
     allow_descriptors(standing, settings.concurrency, layers=len(image.layers))
     taken_at = now_utc()
@@ -73,30 +101,32 @@ def run_starts(
         enter_private_mounts()
     skipped: list[Skipped] = []
     elsewhere = (f"/run/{owned_name('fm')}",) if "podman" in settings.engines else ()
-    with ExitStack() as stack:
-        stop = stack.enter_context(stoppable())
-        place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
-        background_mounts(place, settings.background)
-        arrivals = stack.enter_context(Arrivals(f"{place}/first"))
-        short = elsewhere[0] if elsewhere else place
-        makers = _makers(store, image, run, facts, arrivals.directory, place, short, layout, containerd)
-        engines: dict[str, Engine] = {}
-        for name in settings.engines:
-            progress(f"{name}: getting ready")
-            try:
-                engines[name] = stack.enter_context(makers[name]())
-            except (MissingFeature, UsageError) as missing:
-                skipped.append(Skipped(name, missing.line()))
-            stop.check()
-        probe = stack.enter_context(HealthProbe()) if settings.probe else None
-        waves: list[WaveResult] = []
-        for repeat in range(settings.repeats):
-            for name in rotated(tuple(engines), repeat) if engines else ():
-                waves += _engine_waves(engines[name], name, repeat, settings, arrivals, probe, stop, progress)
-        named = ImageFacts(image.name or image.digest, len(image.layers), image.files)
-        own = engines.get("flatmount")
-        template = own.template_mounts if isinstance(own, FlatmountEngine) else None
-        return StartsReport(taken_at, this_host(), named, settings, tuple(skipped), tuple(waves), template)
+    stop = stack.enter_context(stoppable())
+    place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
+    background_mounts(place, settings.background)
+    arrivals = stack.enter_context(Arrivals(f"{place}/first"))
+    short = elsewhere[0] if elsewhere else place
+    makers = _makers(store, image, run, facts, arrivals.directory, place, short, layout, containerd)
+    engines: dict[str, Engine] = {}
+    for name in settings.engines:
+        progress(f"{name}: getting ready")
+        try:
+            engines[name] = stack.enter_context(makers[name]())
+        except (MissingFeature, UsageError) as missing:
+            skipped.append(Skipped(name, missing.line()))
+        stop.check()
+    probe = stack.enter_context(HealthProbe()) if settings.probe else None
+    waves: list[WaveResult] = []
+    left: list[str] = []
+    for repeat in range(settings.repeats):
+        for name in rotated(tuple(engines), repeat) if engines else ():
+            ran, problems = _engine_waves(engines[name], name, repeat, settings, arrivals, probe, stop, progress)
+            waves += ran
+            left += problems
+    named = ImageFacts(image.name or image.digest, len(image.layers), image.files)
+    own = engines.get("flatmount")
+    template = own.template_mounts if isinstance(own, FlatmountEngine) else None
+    return StartsReport(taken_at, this_host(), named, settings, tuple(skipped), tuple(waves), template, tuple(left))
 
 
 def _check(settings: StartSettings) -> None:
@@ -147,11 +177,16 @@ def _engine_waves(
     probe: HealthProbe | None,
     stop: Stop,
     progress: Progress,
-) -> list[WaveResult]:
-    """All waves of an engine in one repeat; whatever it started is undone afterwards, also after an error."""
-    held: list[Any] = []
+) -> tuple[list[WaveResult], list[str]]:
+    """All waves of an engine in one repeat, and what of it could not be ended, a line each.
+
+    Whatever it started is undone afterwards, also after an error.
+    """
+    held: _Held = []
     results: list[WaveResult] = []
+    left: list[str] = []
     tag = new_id()
+    ran = False
     try:
         for number in range(settings.waves):
             progress(f"repeat {repeat + 1} of {settings.repeats}, {name}: wave {number + 1} of {settings.waves}")
@@ -162,13 +197,16 @@ def _engine_waves(
             wave = _one_wave(engine, asks, held, settings, arrivals, stop)
             standing = mount_count()
             rounds = probe.between(wave.begun_ns, wave.ended_ns).rounds if probe is not None else ()
-            undone = None if settings.hold else _undo(engine, held, settings.concurrency)
+            undone = None if settings.hold else _undo(engine, held, settings.concurrency, left)
             results.append(_result(name, repeat, number, running, wave, settings, rounds, before, standing, undone))
             stop.check()
+        ran = True
     finally:
         progress(f"{name}: undoing")
-        _undo(engine, held, settings.concurrency)
-    return results
+        _undo(engine, held, settings.concurrency, left)
+        if left and not ran:
+            raise FlatmountError(f"{len(left)} containers could not be undone: {left[0]}")
+    return results, [f"{name}: {line}" for line in left]
 
 
 def _asks(tag: str, first: int, count: int) -> list[Ask]:
@@ -179,7 +217,7 @@ def _asks(tag: str, first: int, count: int) -> list[Ask]:
 
 
 def _one_wave(
-    engine: Engine, asks: Sequence[Ask], held: list[Any], settings: StartSettings, arrivals: Arrivals, stop: Stop
+    engine: Engine, asks: Sequence[Ask], held: _Held, settings: StartSettings, arrivals: Arrivals, stop: Stop
 ) -> _Wave:
     wave = _Wave()
     waiting = iter(asks)
@@ -189,7 +227,7 @@ def _one_wave(
         asked_ns = time.monotonic_ns()
         started = engine.start(ask)
         with lock:
-            held.append(started)
+            held.append((ask.name, started))
         first_ns = arrivals.wait(ask.name, asked_ns / 1e9 + settings.timeout_s)
         with lock:
             wave.latencies_ns.append(first_ns - asked_ns)
@@ -212,27 +250,24 @@ def _one_wave(
     return wave
 
 
-def _undo(engine: Engine, held: list[Any], concurrency: int) -> float:
-    """End everything in `held`; empties it. Returns seconds. Raises: FlatmountError for the first that failed."""
-    problems: list[str] = []
+def _undo(engine: Engine, held: _Held, concurrency: int, left: list[str]) -> float:
+    """End everything in `held`; empties it. Says in `left` what could not be ended. Returns seconds."""
 
     def undoer() -> None:
         while True:
             try:
-                started = held.pop()
+                name, started = held.pop()
             except IndexError:
                 return
             try:
                 engine.undo(started)
             except (FlatmountError, OSError) as error:
-                problems.append(str(error))
+                left.append(f"{name} could not be ended: {error}")
 
     begun = time.monotonic()
     if held:
         # Few at a time: ending a container is the kernel's work, and many threads only wait for each other.
         together(min(concurrency, 2 * (os.cpu_count() or 1)), undoer, threading.Event())
-    if problems:
-        raise FlatmountError(f"{len(problems)} containers could not be undone: {problems[0]}")
     return time.monotonic() - begun
 
 

@@ -48,7 +48,7 @@ class WaveResult:
 
     Latency is from the request to the container's first instruction. `running_before` is how many of this engine's
     containers already ran. `mounts_before` and `mounts_standing` count the storm's mount namespace before the wave and
-    when all of it ran. `undo_s` is None where the wave was held.
+    when all of it ran. `undo_s` is None where the wave was held, and else until all that could be ended had.
     """
 
     engine: str
@@ -73,7 +73,7 @@ class StartsReport:
     """A storm of real containers: when, where, on what, how, and each wave in the order they ran.
 
     `template_mounts` is how many mounts the namespace has that `flatmount` starts its runtime in a copy of; None where
-    no such engine ran, or the report is older.
+    no such engine ran, or the report is older. `left` names what could not be taken away afterwards, and why.
     """
 
     taken_at: str
@@ -83,6 +83,7 @@ class StartsReport:
     skipped: tuple[Skipped, ...]
     waves: tuple[WaveResult, ...]
     template_mounts: int | None = None
+    left: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object with its schema's name."""

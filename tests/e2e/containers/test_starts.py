@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from flatmount.cli.main import main
 from flatmount.errors import FlatmountError
 from flatmount.plan.mapping import Mapping
 from flatmount.rootfs.image import probe_store
@@ -26,7 +28,7 @@ from flatmount.runtime.request import Attachment
 from flatmount.store import Store
 from flatmount.storm.engines import containerd
 from flatmount.storm.engines.base import Arrivals, Ask
-from flatmount.storm.engines.own import FlatmountEngine
+from flatmount.storm.engines.own import FlatmountEngine, Started
 from tests.conftest import SOAK
 from tests.e2e.conftest import CommandLine
 from tests.e2e.containers.census import Family, Standing, descendants, groups_left, subreaper
@@ -145,6 +147,37 @@ def test_containerd_without_its_directory_is_undone_in_time(
 
 def pids_in(name: str) -> list[str]:
     return [pid for group in cgroups.groups(name) for pid in Path(group, "cgroup.procs").read_text().split()][:1]
+
+
+@pytest.mark.parametrize("hold", [(), ("--hold",)], ids=["ended", "held"])
+def test_what_cannot_be_ended_is_told_beside_the_results(
+    line: CommandLine, hold: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One container is not ended, as far as its engine can tell, and then the engine itself is not."""
+    undo, leave = FlatmountEngine.undo, FlatmountEngine.__exit__
+    problems = iter([FlatmountError("it is busy")])
+
+    def undo_and_fail(engine: FlatmountEngine, started: Started) -> None:
+        undo(engine, started)
+        for problem in problems:
+            raise problem
+
+    def leave_and_fail(engine: FlatmountEngine, *error: BaseException | None) -> None:
+        leave(engine, *error)
+        raise FlatmountError("it stays")
+
+    monkeypatch.setattr(FlatmountEngine, "undo", undo_and_fail)
+    monkeypatch.setattr(FlatmountEngine, "__exit__", leave_and_fail)
+    monkeypatch.setenv("FLATMOUNT_RUN", str(line.run_directory))
+    options = ("--containers", "2", "--waves", "2", "--repeats", "1", "--engine", "flatmount", *hold)
+    code = main(["storm", "tiny", "--root", str(line.root), *options, "--json", str(tmp_path / "report")])
+    report = json.loads((tmp_path / "report").read_text())
+    assert code == 1
+    assert [(wave["failed"], len(wave["latencies_ms"])) for wave in report["waves"]] == [(0, 2)] * 2
+    container, engine = report["left"]
+    assert re.fullmatch("flatmount: s[^ ]+ could not be ended: it is busy", container)
+    assert engine == "it stays"
+    assert not left_by(line)
 
 
 def test_an_engine_that_is_not_there_is_named(line: CommandLine) -> None:
