@@ -14,6 +14,8 @@ from typing import Any
 
 import zstandard
 
+from flatmount.image.model import host
+
 OCI = "application/vnd.oci.image"
 MTIME = 1_600_000_000
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -85,7 +87,7 @@ def put(layout: str, data: bytes, media_type: str, **more: Any) -> dict[str, Any
 
 def config_of(diff_ids: Sequence[str], **more: Any) -> bytes:
     value = {
-        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine),
+        "architecture": host().architecture,
         "os": "linux",
         "config": {"Env": ["PATH=/bin"], "Cmd": ["/bin/sh"], "User": "1000:1000", "WorkingDir": "/srv"},
         "rootfs": {"type": "layers", "diff_ids": list(diff_ids)},
