@@ -19,6 +19,27 @@ DEFAULT_ROOT = "/var/lib/flatmount"
 DEFAULT_RUN = "/run/flatmount"
 
 
+def verbs_of(
+    verbs: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    *,
+    summary: str,
+    description: str,
+    examples: str = "",
+) -> argparse._SubParsersAction[argparse.ArgumentParser]:
+    """Add the verb `name`, which does nothing but have verbs of its own; returns what those are added to.
+
+    Args:
+        summary: the verb's line in the help of `flatmount`.
+        examples: lines for the end of its help, shown as they are; then `description` is one line.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter if examples else argparse.HelpFormatter
+    parser = verbs.add_parser(
+        name, help=summary, description=description, epilog=examples or None, formatter_class=formatter
+    )
+    return parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+
 def store_options(parser: argparse.ArgumentParser) -> None:
     """Add `--root` and `--json`, which every verb on a store has."""
     store_root_option(parser)

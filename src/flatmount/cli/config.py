@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import sys
 
+from flatmount.cli.common import verbs_of
 from flatmount.config import Config, dump, load
 from flatmount.errors import EXIT_FINE
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = verbs.add_parser(
+    actions = verbs_of(
+        verbs,
         "config",
-        help="show and check the configuration",
+        summary="show and check the configuration",
         description="Show the defaults, show what is in force, or check a file. The file is $FLATMOUNT_CONFIG or "
         "/etc/flatmount/config.toml, TOML with `version = 1`; unknown keys are refused.",
     )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     default = actions.add_parser("default", help="print a file with every default")
     default.set_defaults(run=lambda args: _print(Config()))
     shown = actions.add_parser("dump", help="print what is in force, defaults included")

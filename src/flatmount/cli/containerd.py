@@ -20,6 +20,7 @@ from flatmount.cli.common import (
     root_directory,
     run_directory,
     store_root_option,
+    verbs_of,
 )
 from flatmount.config import SNAPSHOT_FORMS
 from flatmount.errors import EXIT_FAILED, EXIT_FINE, FlatmountError, MissingFeature, UsageError
@@ -34,13 +35,13 @@ _VERSION = re.compile(r"\bv?(\d+)\.(\d+)\.(\d+)")
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
-    parser = verbs.add_parser(
+    actions = verbs_of(
+        verbs,
         "containerd",
-        help="put the snapshotter into containerd's configuration, and take it out",
+        summary="put the snapshotter into containerd's configuration, and take it out",
         description="Add the snapshotter to containerd's configuration (versions 2 and 3), show what is there, or put "
         "it back as it was. Nothing is restarted unless told.",
     )
-    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     install = actions.add_parser(
         "install",
         help="add the section",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from flatmount.cli import flatten, image_demo, image_pull
-from flatmount.cli.common import look_at_store, open_store, print_json, size, store_options, tell_stuck
+from flatmount.cli.common import look_at_store, open_store, print_json, size, store_options, tell_stuck, verbs_of
 from flatmount.cli.flatten import flatten_when, usable_form, when_option
 from flatmount.cli.store import add_export
 from flatmount.errors import EXIT_FINE
@@ -27,14 +27,13 @@ _EXAMPLES = """examples:
 
 def add_parser(verbs: Any) -> None:
     """Add `image` and its sub-verbs to `verbs`, argparse's action for sub-parsers."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    subverbs = verbs_of(
+        verbs,
         "image",
-        help="import, pull, list, show, export and remove images",
+        summary="import, pull, list, show, export and remove images",
         description="Import, pull, list, show, export and remove images.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
-    subverbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
 
     adding = subverbs.add_parser("import", help="import an OCI image layout or a docker-archive")
     adding.add_argument("path", metavar="PATH[:NAME]", help="a layout's directory, or a tar archive")

@@ -9,7 +9,7 @@ import tarfile
 from collections.abc import Sequence
 from typing import Any
 
-from flatmount.cli.common import open_store, print_json, store_options
+from flatmount.cli.common import open_store, print_json, store_options, verbs_of
 from flatmount.errors import EXIT_FINE, UsageError
 from flatmount.image import image_names
 from flatmount.image.layout_writer import new_layout
@@ -26,14 +26,13 @@ _MADE_BY = "flatmount export"
 
 def add_parser(verbs: Any) -> None:
     """Add `store` and its sub-verbs."""
-    parser: argparse.ArgumentParser = verbs.add_parser(
+    subverbs = verbs_of(
+        verbs,
         "store",
-        help="carry images to a node without a network",
+        summary="carry images to a node without a network",
         description="Carry images to a node without a network.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
-    subverbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     exporting = subverbs.add_parser("export", help="write every named image to one OCI image layout")
     exporting.add_argument("path", metavar="PATH", help="a directory that is new, or a file that ends in .tar")
     store_options(exporting)
