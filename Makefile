@@ -42,7 +42,7 @@ man: $(READY) ## write the man page from the command line's own help
 format: $(READY) ## format Python and C
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
-	clang-format -i $(NATIVE) bench/*.c
+	clang-format -i $(NATIVE) bench/*.[ch]
 
 soak: $(READY) ## the long rounds that `make test` runs a seeded tenth of
 	tools/setup --tests

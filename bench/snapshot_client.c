@@ -15,19 +15,16 @@
  * until then stays. Exits 2 for words it does not know.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/socket.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 
-#include <nghttp2/nghttp2.h>
+#include "peer.h"
 
 #define SERVICE "/containerd.services.snapshots.v1.Snapshots/"
 #define CALLS 3
@@ -40,18 +37,13 @@
 #define DEADLINE_S 60
 #endif
 #define REQUEST_BYTES 2048
-#define PREFIX_BYTES 5 /* of a message in gRPC: compressed or not, and its length */
-#define OUT_BYTES (1 << 18)
-#define FRAME_BYTES (9 + (1 << 14)) /* the longest that the library hands out at once */
-#define WINDOW_BYTES (1 << 22)	    /* wide, so that answers do not wait for us */
-#define MOUNTS_TAG 0x0a		    /* field 1 of MountsResponse: a message */
+#define PREFIX_BYTES 5	       /* of a message in gRPC: compressed or not, and its length */
+#define WINDOW_BYTES (1 << 22) /* wide, so that answers do not wait for us */
+#define MOUNTS_TAG 0x0a	       /* field 1 of MountsResponse: a message */
 
 struct connection {
-	int fd;
-	nghttp2_session *session;
+	struct peer peer;
 	int greeted;
-	size_t begun, ended; /* what of `out` is not sent yet */
-	uint8_t out[OUT_BYTES];
 };
 
 struct cycle {
@@ -181,9 +173,6 @@ static ssize_t read_request(nghttp2_session *session, int32_t stream, uint8_t *t
 	return (ssize_t)count;
 }
 
-#define HEADER(name, value)                                                                                            \
-	{(uint8_t *)(name), (uint8_t *)(value), sizeof(name) - 1, sizeof(value) - 1,                                   \
-	 NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
 #define HEADERS(call)                                                                                                  \
 	{                                                                                                              \
 		HEADER(":method", "POST"),                                                                             \
@@ -208,8 +197,8 @@ static void call_next(struct cycle *cycle)
 	cycle->grpc_status = -1;
 	cycle->message[0] = 0;
 	cycle->received = 0;
-	int stream = nghttp2_submit_request(cycle->connection->session, NULL, headers[cycle->call], HEADER_COUNT, &body,
-					    cycle);
+	int stream = nghttp2_submit_request(cycle->connection->peer.session, NULL, headers[cycle->call], HEADER_COUNT,
+					    &body, cycle);
 	if (stream < 0)
 		die("%s of %s: %s", names[cycle->call], cycle->key, nghttp2_strerror(stream));
 }
@@ -365,8 +354,8 @@ static void connect_to(struct connection *connection, const char *path)
 	if (strlen(path) >= sizeof(address.sun_path))
 		die("%s: too long for a socket's name", path);
 	strcpy(address.sun_path, path);
-	connection->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-	if (connection->fd < 0 || connect(connection->fd, (struct sockaddr *)&address, sizeof(address)))
+	connection->peer.fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+	if (connection->peer.fd < 0 || connect(connection->peer.fd, (struct sockaddr *)&address, sizeof(address)))
 		die("connect to %s: %s", path, strerror(errno));
 
 	if (nghttp2_session_callbacks_new(&callbacks))
@@ -377,56 +366,18 @@ static void connect_to(struct connection *connection, const char *path)
 	nghttp2_session_callbacks_set_on_frame_recv_callback(callbacks, on_frame);
 	nghttp2_session_callbacks_set_on_invalid_frame_recv_callback(callbacks, on_invalid);
 	nghttp2_session_callbacks_set_on_frame_not_send_callback(callbacks, on_not_sent);
-	if (nghttp2_session_client_new(&connection->session, callbacks, connection))
+	if (nghttp2_session_client_new(&connection->peer.session, callbacks, connection))
 		die("out of memory");
 	nghttp2_session_callbacks_del(callbacks);
-	if (nghttp2_submit_settings(connection->session, NGHTTP2_FLAG_NONE, settings, 2) ||
-	    nghttp2_session_set_local_window_size(connection->session, NGHTTP2_FLAG_NONE, 0, WINDOW_BYTES))
+	if (nghttp2_submit_settings(connection->peer.session, NGHTTP2_FLAG_NONE, settings, 2) ||
+	    nghttp2_session_set_local_window_size(connection->peer.session, NGHTTP2_FLAG_NONE, 0, WINDOW_BYTES))
 		die("out of memory");
 }
 
-/* Everything that there is to say, as far as the socket takes it. */
-static void say(struct connection *connection)
+static void heed(const char *problem)
 {
-	for (;;) {
-		while (OUT_BYTES - connection->ended >= FRAME_BYTES) {
-			const uint8_t *bytes;
-			ssize_t length = nghttp2_session_mem_send(connection->session, &bytes);
-			if (length < 0)
-				die("%s", nghttp2_strerror((int)length));
-			if (!length)
-				break;
-			memcpy(connection->out + connection->ended, bytes, (size_t)length);
-			connection->ended += (size_t)length;
-		}
-		if (connection->begun == connection->ended)
-			return;
-		ssize_t sent = send(connection->fd, connection->out + connection->begun,
-				    connection->ended - connection->begun, MSG_NOSIGNAL);
-		if (sent < 0 && (errno == EAGAIN || errno == EINTR))
-			return;
-		if (sent < 0)
-			die("send: %s", strerror(errno));
-		connection->begun += (size_t)sent;
-		if (connection->begun == connection->ended)
-			connection->begun = connection->ended = 0;
-	}
-}
-
-static void listen_to(struct connection *connection)
-{
-	static uint8_t in[1 << 18];
-	ssize_t length = recv(connection->fd, in, sizeof(in), 0);
-
-	if (length < 0 && (errno == EAGAIN || errno == EINTR))
-		return;
-	if (length < 0)
-		die("recv: %s", strerror(errno));
-	if (!length)
-		die("the service closed the connection");
-	ssize_t read = nghttp2_session_mem_recv(connection->session, in, (size_t)length);
-	if (read < 0)
-		die("the service does not speak HTTP/2: %s", nghttp2_strerror((int)read));
+	if (problem)
+		die("the connection: %s", problem);
 }
 
 /* One turn: say what there is to say, wait for `until_ns` at the longest, and take what came. */
@@ -440,9 +391,9 @@ static void turn(uint64_t until_ns)
 	if (until_ns > deadline_ns)
 		until_ns = deadline_ns;
 	for (int i = 0; i < connection_count; i++) {
-		say(&connections[i]);
-		waiting[i].fd = connections[i].fd;
-		waiting[i].events = connections[i].ended ? POLLIN | POLLOUT : POLLIN;
+		heed(peer_say(&connections[i].peer));
+		waiting[i].fd = connections[i].peer.fd;
+		waiting[i].events = connections[i].peer.ended ? POLLIN | POLLOUT : POLLIN;
 	}
 	int wait_ms = until_ns > now ? (int)((until_ns - now + 999999) / 1000000) : 0;
 	int count = poll(waiting, (nfds_t)connection_count, wait_ms);
@@ -450,7 +401,7 @@ static void turn(uint64_t until_ns)
 		die("poll: %s", strerror(errno));
 	for (int i = 0; count > 0 && i < connection_count; i++)
 		if (waiting[i].revents & ~POLLOUT)
-			listen_to(&connections[i]);
+			heed(peer_listen(&connections[i].peer));
 }
 
 static int by_size(const void *one, const void *other)
@@ -555,8 +506,8 @@ int main(int argc, char **argv)
 	}
 	print_figures(busy_ns, processor_ns() - spent_ns);
 	for (int i = 0; i < connection_count; i++) {
-		nghttp2_session_del(connections[i].session);
-		close(connections[i].fd);
+		nghttp2_session_del(connections[i].peer.session);
+		close(connections[i].peer.fd);
 	}
 	for (int i = 0; i < 1 + CALLS; i++)
 		free(took[i]);

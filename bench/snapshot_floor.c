@@ -7,29 +7,17 @@
  * its loop sends all that a connection is to be told at once. Runs until it is killed.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <poll.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
-#include <sys/socket.h>
 #include <sys/un.h>
 #include <unistd.h>
 
-#include <nghttp2/nghttp2.h>
+#include "peer.h"
 
 #define MOST_CONNECTIONS 64
-#define OUT_BYTES (1 << 18)
-#define FRAME_BYTES (9 + (1 << 14)) /* the longest that the library hands out at once */
 #define STREAMS 10000
-
-struct connection {
-	int fd; /* -1: nobody */
-	nghttp2_session *session;
-	size_t begun, ended; /* what of `out` is not sent yet */
-	uint8_t out[OUT_BYTES];
-};
 
 struct answer {
 	const char *message;
@@ -47,7 +35,8 @@ static const char mounts[] = "\0\0\0\0\x16"
 static const char nothing[] = "\0\0\0\0\0";
 static const struct answer of_mounts = {mounts, sizeof(mounts) - 1}, of_nothing = {nothing, sizeof(nothing) - 1};
 
-static struct connection connections[MOST_CONNECTIONS];
+/* fd -1: nobody */
+static struct peer connections[MOST_CONNECTIONS];
 
 static void die(const char *what, const char *why)
 {
@@ -55,17 +44,13 @@ static void die(const char *what, const char *why)
 	exit(1);
 }
 
-#define HEADER(name, value)                                                                                            \
-	{(uint8_t *)(name), (uint8_t *)(value), sizeof(name) - 1, sizeof(value) - 1,                                   \
-	 NGHTTP2_NV_FLAG_NO_COPY_NAME | NGHTTP2_NV_FLAG_NO_COPY_VALUE}
-
 static ssize_t read_answer(nghttp2_session *session, int32_t stream, uint8_t *to, size_t room, uint32_t *flags,
 			   nghttp2_data_source *source, void *unused)
 {
 	static const nghttp2_nv trailers[] = {HEADER("grpc-status", "0")};
 	const struct answer *answer = source->ptr;
 
-	/* A message is shorter than any window that a client opens, so it goes whole. */
+	/* It goes whole: a client with a window narrower than this is refused. */
 	if (room < answer->length)
 		return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
 	memcpy(to, answer->message, answer->length);
@@ -102,7 +87,7 @@ static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *
 static void greet(int listener)
 {
 	static const nghttp2_settings_entry settings[] = {{NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, STREAMS}};
-	struct connection *connection = connections;
+	struct peer *connection = connections;
 	nghttp2_session_callbacks *callbacks;
 
 	int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
@@ -126,53 +111,11 @@ static void greet(int listener)
 	connection->begun = connection->ended = 0;
 }
 
-static void leave(struct connection *connection)
+static void leave(struct peer *connection)
 {
 	nghttp2_session_del(connection->session);
 	close(connection->fd);
 	connection->fd = -1;
-}
-
-static void say(struct connection *connection)
-{
-	for (;;) {
-		while (OUT_BYTES - connection->ended >= FRAME_BYTES) {
-			const uint8_t *bytes;
-			ssize_t length = nghttp2_session_mem_send(connection->session, &bytes);
-			if (length < 0) {
-				leave(connection);
-				return;
-			}
-			if (!length)
-				break;
-			memcpy(connection->out + connection->ended, bytes, (size_t)length);
-			connection->ended += (size_t)length;
-		}
-		if (connection->begun == connection->ended)
-			return;
-		ssize_t sent = send(connection->fd, connection->out + connection->begun,
-				    connection->ended - connection->begun, MSG_NOSIGNAL);
-		if (sent < 0 && errno == EAGAIN)
-			return;
-		if (sent < 0) {
-			leave(connection);
-			return;
-		}
-		connection->begun += (size_t)sent;
-		if (connection->begun == connection->ended)
-			connection->begun = connection->ended = 0;
-	}
-}
-
-static void listen_to(struct connection *connection)
-{
-	static uint8_t in[1 << 18];
-	ssize_t length = recv(connection->fd, in, sizeof(in), 0);
-
-	if (length < 0 && errno == EAGAIN)
-		return;
-	if (length <= 0 || nghttp2_session_mem_recv(connection->session, in, (size_t)length) < 0)
-		leave(connection);
 }
 
 int main(int argc, char **argv)
@@ -194,9 +137,9 @@ int main(int argc, char **argv)
 	for (;;) {
 		waiting[0] = (struct pollfd){.fd = listener, .events = POLLIN};
 		for (int i = 0; i < MOST_CONNECTIONS; i++) {
-			struct connection *connection = &connections[i];
-			if (connection->fd >= 0)
-				say(connection);
+			struct peer *connection = &connections[i];
+			if (connection->fd >= 0 && peer_say(connection))
+				leave(connection);
 			waiting[1 + i].fd = connection->fd;
 			waiting[1 + i].events = connection->ended ? POLLIN | POLLOUT : POLLIN;
 			waiting[1 + i].revents = 0;
@@ -204,8 +147,8 @@ int main(int argc, char **argv)
 		if (poll(waiting, 1 + MOST_CONNECTIONS, -1) < 0 && errno != EINTR)
 			die("poll", strerror(errno));
 		for (int i = 0; i < MOST_CONNECTIONS; i++)
-			if (waiting[1 + i].fd >= 0 && waiting[1 + i].revents & ~POLLOUT)
-				listen_to(&connections[i]);
+			if (waiting[1 + i].revents & ~POLLOUT && peer_listen(&connections[i]))
+				leave(&connections[i]);
 		if (waiting[0].revents)
 			greet(listener);
 	}

@@ -319,7 +319,12 @@ def test_a_request_goes_in_pieces_where_the_window_is_narrow(client: str, tmp_pa
     assert (created.parent, dict(created.labels)) == ("parent", {"containerd.io/gc.root": "bench"})
 
 
+def hang_up(_: int) -> bytes:
+    raise ConnectionError
+
+
 WRONG = {
+    "the connection: ": hang_up,
     "HTTP status 500": lambda s: frame(HEADERS, END_HEADERS | END_STREAM, s, STATUS_500 + header("server", "x")),
     "is not application/grpc": lambda s: whole(s, STATUS_200 + header("content-type", "text/html"), MESSAGE, FINE),
     "no grpc-status": lambda s: whole(s, STATUS_200 + GRPC, MESSAGE, header("x", "y")),
