@@ -86,20 +86,17 @@ static void die(const char *format, ...)
 	exit(1);
 }
 
-static uint64_t now_ns(void)
+static uint64_t clock_ns(clockid_t clock)
 {
 	struct timespec now;
 
-	clock_gettime(CLOCK_MONOTONIC, &now);
+	clock_gettime(clock, &now);
 	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
-static uint64_t processor_ns(void)
+static uint64_t now_ns(void)
 {
-	struct timespec now;
-
-	clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-	return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+	return clock_ns(CLOCK_MONOTONIC);
 }
 
 /* Protocol Buffers: a field that is a string or a message. An empty string is not written. */
@@ -490,7 +487,7 @@ int main(int argc, char **argv)
 		while (!connections[i].greeted)
 			turn(deadline_ns);
 
-	uint64_t spent_ns = processor_ns();
+	uint64_t spent_ns = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
 	while (ended_cycles < cycles) {
 		for (uint64_t until_ns = now_ns() + PAUSE_MS * 1000000ull; ended_cycles && now_ns() < until_ns;)
 			turn(until_ns);
@@ -504,7 +501,7 @@ int main(int argc, char **argv)
 			turn(deadline_ns);
 		busy_ns += now_ns() - begun_ns;
 	}
-	print_figures(busy_ns, processor_ns() - spent_ns);
+	print_figures(busy_ns, clock_ns(CLOCK_PROCESS_CPUTIME_ID) - spent_ns);
 	for (int i = 0; i < connection_count; i++) {
 		nghttp2_session_del(connections[i].peer.session);
 		close(connections[i].peer.fd);
