@@ -47,7 +47,17 @@ setup(
             define_macros=[("Py_LIMITED_API", "0x030b0000"), *MACROS],
             extra_compile_args=FLAGS,
             py_limited_api=True,
-        )
+        ),
+        # The snapshotter's door to containerd.
+        Extension(
+            "flatmount.snapshotter._front",
+            sources=sources("native/front"),
+            depends=["native/front/front.h"],
+            libraries=["nghttp2"],
+            define_macros=[("Py_LIMITED_API", "0x030b0000"), *MACROS],
+            extra_compile_args=FLAGS,
+            py_limited_api=True,
+        ),
     ],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -15,6 +15,7 @@ extern PyMethodDef fm_tree_methods[];
 extern PyMethodDef fm_start_methods[];
 extern PyMethodDef fm_locks_methods[];
 extern PyMethodDef fm_lookup_methods[];
+extern PyMethodDef fm_uppers_methods[];
 extern PyType_Spec fm_program_spec;
 
 #endif

@@ -4,7 +4,8 @@
 static int add_functions(PyObject *module)
 {
 	PyMethodDef *tables[] = {fm_program_methods, fm_namespaces_methods, fm_mounts_methods,
-				 fm_tree_methods, fm_start_methods, fm_locks_methods, fm_lookup_methods};
+				 fm_tree_methods, fm_start_methods, fm_locks_methods, fm_lookup_methods,
+				 fm_uppers_methods};
 
 	for (size_t i = 0; i < sizeof(tables) / sizeof(tables[0]); i++)
 		if (PyModule_AddFunctions(module, tables[i]) < 0)

@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from flatmount.snapshotter.ahead import READY
 from flatmount.snapshotter.service import HEALTH, SERVICE
 from flatmount.snapshotter.wire import snapshots_pb2 as wire
 from tests.kernel import own_namespace
@@ -106,6 +107,19 @@ class Client:
     def health(self, service: str = "") -> int:
         request = wire.HealthRequest(service=service)
         return int(self._call("Check", request, wire.HealthResponse, service=HEALTH).status)
+
+
+def kept_trees(snapshots: Path) -> set[str]:
+    """The directories of a store's snapshots, without the empty ones that the service makes ahead, this moment even."""
+    kept, ahead = set(), 0
+    for top in tuple(snapshots.iterdir()):
+        inner = {path.name: any(path.iterdir()) for path in top.iterdir()}
+        if inner.keys() <= {"fs", "work"} and not any(inner.values()):
+            ahead += 1
+        else:
+            kept.add(top.name)
+    assert ahead <= READY
+    return kept
 
 
 @dataclass

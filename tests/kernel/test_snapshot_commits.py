@@ -18,6 +18,7 @@ from flatmount.snapshotter.model import Form, Kind, SnapshotExists, Usage
 from flatmount.snapshotter.snapshots import Snapshots
 from flatmount.store import Store
 from flatmount.store.disk import Disk
+from tests.snapshotting import kept_trees
 
 RANGE = {f"containerd.io/snapshot/{kind}mapping": "0:500000:65536" for kind in ("uid", "gid")}
 
@@ -108,17 +109,18 @@ def test_a_mapped_commit_survives_another_command_and_leaves_nothing_when_it_fai
             await snapshots.commit("image", "base", "", {})
             await snapshots.create(Kind.ACTIVE, "one", "image", RANGE)
             data = root / "v1/data"
-            upper = max((path for path in (data / "snapshots").iterdir()), key=lambda path: int(path.name)) / "fs"
+            (mount,) = [await snapshots.mounts("one")]
+            (upper,) = [Path(word[9:]) for word in mount.options if word.startswith("upperdir=")]
             (upper / "file").write_text("content")
             os.chown(upper / "file", 500007, 500007)
-            before = sorted(os.listdir(data / "snapshots"))
+            before = kept_trees(data / "snapshots")
             with pytest.raises(SnapshotExists):
                 await snapshots.commit("image", "one", "", {})
-            assert sorted(os.listdir(data / "snapshots")) == before
+            assert kept_trees(data / "snapshots") == before
             assert not os.listdir(data / "staging")
             assert not os.listdir(data / "trash")
             await snapshots.commit("changed", "one", "", {})
-            (copy,) = set(os.listdir(data / "snapshots")) - set(before)
+            (copy,) = kept_trees(data / "snapshots") - before
             status = (data / f"snapshots/{copy}/fs/file").stat()
             assert (status.st_uid, status.st_gid) == (7, 7)
             await snapshots.cleanup()

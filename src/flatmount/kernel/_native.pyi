@@ -159,3 +159,6 @@ def open_file_in_root(root_fd: int, path: bytes, /) -> int:
 
     Raises OSError: EINVAL for what is no regular file, which is then never opened.
     """
+
+def make_uppers(data_fd: int, uppers: list[tuple[int, bool, bool, bool, int, int, int]], /) -> list[int]:
+    """See flatmount.kernel.tree.make_uppers."""

@@ -92,3 +92,13 @@ def create_file(
 def sync_filesystem(fd: int) -> None:
     """Write all of the file system that the borrowed descriptor is on to disk, and wait: syncfs(2)."""
     _native.sync_filesystem(fd)
+
+
+def make_uppers(data_fd: int, uppers: list[tuple[int, bool, bool, bool, int, int, int]]) -> list[int]:
+    """Make the directories of new snapshots below the borrowed descriptor `data_fd`, all in one go.
+
+    Each is (number, made, work, none, mode, uid, gid): snapshots/NUMBER/fs with that mode and owner, and beside it
+    `work` and `none`; one that is `made` has the first two already, with mode 0755 and owner 0. Returns an errno (0 for
+    none) for each; what a failure leaves is the caller's to remove.
+    """
+    return _native.make_uppers(data_fd, uppers)

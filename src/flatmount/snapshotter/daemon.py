@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -14,16 +15,15 @@ import stat
 import sys
 import threading
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
-
-import grpc
 
 from flatmount.config import Snapshotter
 from flatmount.errors import FlatmountError, MissingFeature, UsageError
 from flatmount.kernel.probes import probe
 from flatmount.plan.facts import HostFacts
 from flatmount.rootfs.workplace import ensure_run_directory
-from flatmount.snapshotter.activation import Relay, inherited_socket, notify, watchdog_s
+from flatmount.snapshotter.activation import inherited_socket, notify, watchdog_s
 from flatmount.snapshotter.metrics import Metrics
 from flatmount.snapshotter.model import Form
 from flatmount.snapshotter.service import Service
@@ -37,6 +37,11 @@ log = logging.getLogger("flatmount.snapshotter")
 # A stop may take a second altogether, and the book and the server need some of it.
 _GRACE_S = 0.4
 _HEALTH_EVERY_S = 5.0
+_BACKLOG = 1024
+# The event loop and the book's threads take turns at the interpreter's lock; at its own 5 ms each turn of one is a wait
+# that a client notices.
+_SWITCH_EVERY_S = 0.0002
+_GARBAGE_AFTER = 20_000
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -86,6 +91,7 @@ def run(place: Place, settings: Snapshotter) -> int:
 
 
 async def _serve(place: Place, settings: Snapshotter) -> int:
+    sys.setswitchinterval(_SWITCH_EVERY_S)
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -104,17 +110,19 @@ async def _serve(place: Place, settings: Snapshotter) -> int:
         metrics = Metrics()
         service = Service(snapshots, metrics, settings.deadline_s)
         async with contextlib.AsyncExitStack() as stack:
-            await _listen(stack, service, place.socket)
+            await stack.enter_async_context(_serving(service, place.socket))
             if settings.metrics:
                 await stack.enter_async_context(await _metrics_server(settings.metrics, metrics, snapshots))
             tending = asyncio.create_task(_tend(service, snapshots))
             stack.callback(tending.cancel)
+            # What there is now stays; looking through it for garbage again and again would make calls wait.
+            gc.freeze()
+            gc.set_threshold(_GARBAGE_AFTER)
             notify("READY=1\nSTATUS=serving")
             log.info("serving", extra={"socket": place.socket, "store": place.root, "form": form.value, "why": reason})
             await stopping.wait()
             notify("STOPPING=1")
             log.info("stopping")
-            await service.finish(_GRACE_S)
         await snapshots.close()
     finally:
         disk.close()
@@ -153,28 +161,44 @@ def _helper_path() -> str:
     return os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
 
 
-async def _listen(stack: contextlib.AsyncExitStack, service: Service, path: str) -> None:
-    """Serve on the socket that systemd holds for us, or on one of our own at `path`, for root only."""
-    server = grpc.aio.server(options=(("grpc.max_receive_message_length", 16 << 20),))
-    server.add_generic_rpc_handlers(tuple(service.handlers()))
+@contextlib.asynccontextmanager
+async def _serving(service: Service, path: str) -> AsyncIterator[None]:
+    """Serve on the socket that systemd holds for us, or on one of our own at `path`, for root only.
+
+    systemd's outlives the process, so that clients wait while it is restarted instead of being refused.
+    """
     given = inherited_socket()
-    own = path if given is None else path + ".inner"
-    _clear_socket(own)
+    listening = given if given is not None else _own_socket(path)
+    try:
+        service.serve(listening)
+    except OSError as error:
+        listening.close()
+        raise FlatmountError(f"cannot serve on {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        if given is None:
+            # Nobody new, while what runs comes to its end.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        await service.close(_GRACE_S)
+
+
+def _own_socket(path: str) -> socket.socket:
+    _clear_socket(path)
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     mask = os.umask(0o177)
     try:
-        if not server.add_insecure_port(f"unix:{own}"):
-            raise FlatmountError(f"cannot listen on {own}", hint="is its directory there, and writable?")
-    except RuntimeError as error:
-        raise FlatmountError(f"cannot listen on {own}: {error}", hint="is its directory there, and writable?") from None
+        listening.bind(path)
+        listening.listen(_BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise FlatmountError(
+            f"cannot listen on {path}: {error.strerror or error}", hint="is its directory there, and writable?"
+        ) from error
     finally:
         os.umask(mask)
-    await server.start()
-    # A running call is given its grace by the service; clients of idle connections connect again by themselves.
-    stack.push_async_callback(server.stop, 0.1)
-    if given is not None:
-        relay = Relay(given, own)
-        stack.push_async_callback(relay.close)
-        await relay.start()
+    return listening
 
 
 def _clear_socket(path: str) -> None:
@@ -197,13 +221,13 @@ def _clear_socket(path: str) -> None:
 async def _tend(service: Service, snapshots: Snapshots) -> None:
     """Keep the watchdog fed while the event loop turns, and the health service honest about the disk."""
     every_s = min(_HEALTH_EVERY_S, watchdog_s() or _HEALTH_EVERY_S)
-    checking: asyncio.Task[dict[str, int]] | None = None
+    checking: asyncio.Task[None] | None = None
     while True:
         notify("WATCHDOG=1")
         if checking is None or checking.done():
             if checking is not None and not checking.cancelled():
                 service.healthy = checking.exception() is None
-            checking = asyncio.create_task(snapshots.counts())
+            checking = asyncio.create_task(snapshots.check())
             await asyncio.wait([checking], timeout=every_s)
         healthy = checking.done() and checking.exception() is None
         if healthy is not service.healthy:
@@ -221,7 +245,7 @@ async def _metrics_server(address: str, metrics: Metrics, snapshots: Snapshots) 
         with contextlib.suppress(TimeoutError, ConnectionError, ValueError, asyncio.IncompleteReadError):
             request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
             wanted = request.split(b" ", 2)[1:2] == [b"/metrics"]
-            body = (await _exposition(metrics, snapshots) if wanted else "see /metrics\n").encode()
+            body = (_exposition(metrics, snapshots) if wanted else "see /metrics\n").encode()
             status = b"200 OK" if wanted else b"404 Not Found"
             head = b"HTTP/1.1 %b\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: %d\r\n"
             writer.write(head % (status, len(body)) + b"Connection: close\r\n\r\n" + body)
@@ -231,14 +255,12 @@ async def _metrics_server(address: str, metrics: Metrics, snapshots: Snapshots) 
     return await asyncio.start_server(answer, host, int(port))
 
 
-async def _exposition(metrics: Metrics, snapshots: Snapshots) -> str:
+def _exposition(metrics: Metrics, snapshots: Snapshots) -> str:
     gauges: dict[str, tuple[str, dict[str, float]]] = {
         "range_mounts": ("id-mapped trees attached, one for each user range", {"": snapshots.ranges.attached}),
         "root_mounts": ("root file systems assembled and attached", {"": snapshots.roots.mounted}),
         "flat_trees": ("chains that have a flat tree", {"": len(snapshots.flattening.flats)}),
         "flat_trees_failed": ("flat trees that could not be made", {"": snapshots.flattening.failed}),
     }
-    with contextlib.suppress(TimeoutError, FlatmountError):
-        counts = await asyncio.wait_for(snapshots.counts(), 2)
-        gauges["snapshots"] = ("snapshots by kind", {f'{{kind="{k}"}}': n for k, n in counts.items()})
+    gauges["snapshots"] = ("snapshots by kind", {f'{{kind="{k}"}}': n for k, n in snapshots.counts().items()})
     return metrics.text(gauges)

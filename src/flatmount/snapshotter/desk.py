@@ -1,98 +1,279 @@
-"""The book's two threads: one that writes, one that reads.
+"""The book's two threads: one that writes, one that makes sure of what was written and reads.
 
-What many ask for at once is one commit: each piece of work runs in a savepoint of its own, so that one that fails takes
-nothing else along, and all wait for the same write to disk. The event loop never waits for a disk. On a full disk the
-store's reserve is given back for what makes the book smaller, and set aside again when there is room.
+What many ask for at once is one commit, and one call of each kind to SQLite and to the file system: a thread that takes
+the interpreter's lock for every row would wait for it at every row. A commit is seen by every process at once, and is
+on disk within a fifth of a second; who needs more asks for it. The event loop never waits for a disk. On a full disk
+the store's reserve is given back for what makes the book smaller, and set aside again when there is room.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import queue
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from flatmount.errors import FlatmountError, StoreError
+from flatmount.snapshotter import book
+from flatmount.snapshotter.trees import Trees, Upper
 from flatmount.store.database import Database
 from flatmount.store.reserve import Reserve
 
+log = logging.getLogger("flatmount.snapshotter")
 T = TypeVar("T")
-_MOST_AT_ONCE = 256
+Done = Callable[[BaseException | None], None]
+
+_MOST_AT_ONCE = 512
 _RESERVE_EVERY_S = 5.0
+_SYNC_AFTER_S = 0.1
+# The log is moved into the book by the keeper, so often. While changes never stop that does not get to its end, and the
+# writer does it after so many.
+_MOVE_EVERY_S = 1.0
+_WRITER_MOVES = 20_000
 
 
 @dataclass(slots=True)
-class _Job:
-    work: Callable[[sqlite3.Connection], Any]
-    future: asyncio.Future[Any]
+class Change:
+    """What one request changes: directories that are made first, rows, and who is told.
+
+    `done` is called by the event loop, with the reason where it did not come to pass. `growing` says that it may not
+    eat the store's reserve.
+    """
+
+    rows: book.Rows
+    done: Done
+    upper: Upper | None = None
     growing: bool = False
-    result: Any = None
     error: BaseException | None = None
 
 
-class Desk:
-    """Runs work on a store's book. Belongs to the event loop it is made on."""
+@dataclass(slots=True)
+class _Asked:
+    work: Callable[[Database], Any]
+    future: asyncio.Future[Any]
 
-    def __init__(self, path: str, reserve: Reserve) -> None:
+
+@dataclass(slots=True)
+class _Batch:
+    changes: list[Change] = field(default_factory=list)
+    begun_s: float = 0.0
+
+
+class Desk:
+    """Writes and reads a store's book. Belongs to the event loop it is made on.
+
+    `failed` is called, once for each batch that was not written, before those are told whose changes were in it.
+    """
+
+    def __init__(self, path: str, reserve: Reserve, trees: Trees, failed: Callable[[], None]) -> None:
         """Open the book at `path` twice, with the store's reserve for a full disk. Raises: StoreError."""
         self._path = path
         self._reserve = reserve
-        self._reserve_next = 0.0
+        self._reserve_next = self._move_next = 0.0
+        self._trees = trees
+        self._failed = failed
         self._loop = asyncio.get_running_loop()
-        self._queues: list[queue.SimpleQueue[_Job | None]] = [queue.SimpleQueue(), queue.SimpleQueue()]
-        databases = [Database(path, reserve=reserve)]
+        self._waiting = _Batch()
+        self._writing: _Batch | None = None
+        self._handing_over = False
+        self._unmoved = 0
+        self._to_writer: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        # None: leave; True: something was written; else a question.
+        self._to_keeper: queue.SimpleQueue[_Asked | bool | None] = queue.SimpleQueue()
+        self._syncing: asyncio.Future[None] | None = None
+        self._next_sync: asyncio.Future[None] | None = None
+        writing = Database(path, reserve=reserve, lazily=True)
         try:
-            databases.append(Database(path))
+            reading = Database(path)
         except BaseException:
-            databases[0].close()
+            writing.close()
             raise
         self._threads = [
-            threading.Thread(target=self._serve, args=arguments, name=name, daemon=True)
-            for name, arguments in (
-                ("book-writer", (databases[0], self._queues[0], lambda batch: self._writing(databases[0], batch))),
-                ("book-reader", (databases[1], self._queues[1], lambda batch: databases[1].reading())),
-            )
+            threading.Thread(target=self._write_all, args=(writing,), name="book-writer", daemon=True),
+            threading.Thread(target=self._keep, args=(reading,), name="book-keeper", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
 
-    async def write(self, work: Callable[[sqlite3.Connection], T], *, growing: bool = False) -> T:
-        """Run `work` in the writing thread; what it did is on disk when this returns, or undone when it raises.
+    def submit(self, change: Change) -> None:
+        """Write a change with whatever else is asked for in this turn of the event loop, and while one is written."""
+        self._waiting.changes.append(change)
+        if not self._handing_over and self._writing is None:
+            self._handing_over = True
+            self._loop.call_soon(self._hand_over)
 
-        What is `growing` gets nothing of the reserve, unless something that is not happens to share its commit.
-        Work is not repeated: it may touch the disk as well, and cleans up what it raises after. Raises: what `work`
-        raises; StoreError where the commit failed, whatever `work` said.
-        """
-        return await self._ask(0, work, growing)
+    async def write(self, rows: book.Rows, *, growing: bool = False) -> None:
+        """Write a change and wait for it. Raises: StoreError."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self.submit(Change(rows, lambda error: _settle(future, None, error), growing=growing))
+        await future
+
+    async def numbers(self, count: int) -> range:
+        """Numbers that no tree of this store has had or will have. Raises: StoreError."""
+        return await self._ask(lambda database: database.next_numbers(count))
 
     async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Run `work` on one state of the book. Raises: what `work` raises; StoreError."""
-        return await self._ask(1, work)
+
+        def reading(database: Database) -> T:
+            with database.reading() as db:
+                return work(db)
+
+        return await self._ask(reading)
+
+    async def settled(self) -> None:
+        """What was submitted before this call has been written, or refused, when it returns. Raises: StoreError."""
+        if self._waiting.changes or self._writing is not None:
+            await self.write(book.Rows(), growing=True)
+
+    async def durable(self) -> None:
+        """Everything that was submitted before this call is on disk when it returns. Raises: StoreError.
+
+        Many who wait share one fdatasync(2).
+        """
+        await self.settled()
+        if self._next_sync is None:
+            self._next_sync = asyncio.ensure_future(self._sync_after(self._syncing))
+        await asyncio.shield(self._next_sync)
+
+    def stuck_s(self) -> float:
+        """For how long the disk has been at work on one commit."""
+        return 0.0 if self._writing is None else time.monotonic() - self._writing.begun_s
 
     async def close(self) -> None:
         """Finish what was asked for and close the book; gives a wedged disk half a second."""
-        for waiting in self._queues:
-            waiting.put(None)
+        self._hand_over()
+        self._to_writer.put(None)
         for thread in self._threads:
             await asyncio.to_thread(thread.join, 0.5)
+            self._to_keeper.put(None)
 
-    async def _ask(self, which: int, work: Callable[[sqlite3.Connection], T], growing: bool = False) -> T:
+    async def _sync_after(self, before: asyncio.Future[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait([before])
+        self._syncing, self._next_sync = self._next_sync, None
+        await self._ask(lambda database: database.sync())
+
+    async def _ask(self, work: Callable[[Database], T]) -> T:
         future: asyncio.Future[T] = self._loop.create_future()
-        self._queues[which].put(_Job(work, future, growing))
+        self._to_keeper.put(_Asked(work, future))
         return await future
 
-    def _writing(self, database: Database, batch: Sequence[_Job]) -> AbstractContextManager[sqlite3.Connection]:
-        if time.monotonic() >= self._reserve_next:
-            self._reserve_next = time.monotonic() + _RESERVE_EVERY_S
-            self._reserve.keep()
-        return database.transaction(growing=all(job.growing for job in batch))
+    # The event loop's side of writing.
+
+    def _hand_over(self) -> None:
+        self._handing_over = False
+        if self._writing is not None or not self._waiting.changes:
+            return
+        batch = self._waiting
+        self._waiting = _Batch(batch.changes[_MOST_AT_ONCE:])
+        del batch.changes[_MOST_AT_ONCE:]
+        batch.begun_s = time.monotonic()
+        self._writing = batch
+        self._to_writer.put(batch)
+
+    def _written(self, batch: _Batch, error: BaseException | None) -> None:
+        self._writing = None
+        if error is not None:
+            # What waits was allowed because of what has failed.
+            batch.changes += self._waiting.changes
+            self._waiting = _Batch()
+            self._failed()
+        self._hand_over()
+        for change in batch.changes:
+            change.done(change.error or error)
+
+    # The threads.
+
+    def _write_all(self, database: Database) -> None:
+        while (batch := self._to_writer.get()) is not None:
+            error: BaseException | None = None
+            try:
+                self._write(database, batch.changes)
+            except BaseException as caught:
+                error = self._as_told(caught)
+            try:
+                self._loop.call_soon_threadsafe(self._written, batch, error)
+            except RuntimeError:
+                break  # the loop has ended and nobody waits
+        database.close()
+
+    def _write(self, database: Database, changes: Sequence[Change]) -> None:
+        making = [change for change in changes if change.upper is not None]
+        if making:
+            errors = self._trees.make([change.upper for change in making if change.upper is not None])
+            for change, error in zip(making, errors, strict=True):
+                change.error = error
+        rows = [change.rows for change in changes if change.error is None]
+        growing = all(change.growing for change in changes)
+        if not growing and self._reserve.is_low():
+            self._move(database)  # the log is begun anew then, and takes no more room
+        with database.transaction(growing=growing) as db:
+            book.write(db, rows)
+        self._unmoved += len(rows)
+        if self._unmoved > _WRITER_MOVES:
+            self._move(database)
+        self._to_keeper.put(True)
+
+    def _move(self, database: Database) -> None:
+        before = self._unmoved
+        try:
+            if database.checkpoint():
+                self._unmoved -= before
+        except StoreError as error:
+            log.warning(error.line())
+
+    def _keep(self, database: Database) -> None:
+        unsynced_since: float | None = None
+        while True:
+            left_s = None if unsynced_since is None else unsynced_since + _SYNC_AFTER_S - time.monotonic()
+            try:
+                asked = self._to_keeper.get(timeout=left_s if left_s is None or left_s > 0 else 0.0)
+            except queue.Empty:
+                self._make_sure(database)
+                unsynced_since = None
+                continue
+            if asked is None:
+                break
+            if asked is True:
+                unsynced_since = unsynced_since or time.monotonic()
+            elif isinstance(asked, _Asked) and not self._answer(database, asked):
+                break
+        database.close()
+
+    def _answer(self, database: Database, asked: _Asked) -> bool:
+        result: Any = None
+        told: BaseException | None = None
+        try:
+            result = asked.work(database)
+        except BaseException as error:
+            told = self._as_told(error)
+        try:
+            self._loop.call_soon_threadsafe(_settle, asked.future, result, told)
+        except RuntimeError:
+            return False
+        return True
+
+    def _make_sure(self, database: Database) -> None:
+        try:
+            database.sync()
+            now = time.monotonic()
+            if self._unmoved and now >= self._move_next:
+                self._move_next = now + _MOVE_EVERY_S
+                self._move(database)
+            if now >= self._reserve_next:
+                self._reserve_next = now + _RESERVE_EVERY_S
+                self._reserve.keep()
+        except FlatmountError as error:
+            # Whoever needs it on disk asks, and is told; the others have been told that it was accepted.
+            log.error(error.line())
 
     def _as_told(self, error: BaseException) -> FlatmountError:
         # SQLite says "disk I/O error" of a file system that has turned read-only, and statvfs(2) need not know of it.
@@ -106,58 +287,11 @@ class Desk:
                 )
         return error if isinstance(error, FlatmountError) else StoreError(f"the store's book: {error}")
 
-    def _serve(
-        self,
-        database: Database,
-        waiting: queue.SimpleQueue[_Job | None],
-        begin: Callable[[Sequence[_Job]], AbstractContextManager[sqlite3.Connection]],
-    ) -> None:
-        while (job := waiting.get()) is not None:
-            batch = [job]
-            last = False
-            while len(batch) < _MOST_AT_ONCE and not last:
-                try:
-                    more = waiting.get_nowait()
-                except queue.Empty:
-                    break
-                if more is None:
-                    last = True
-                else:
-                    batch.append(more)
-            try:
-                with begin(batch) as db:
-                    for one in batch:
-                        _run(db, one)
-            except BaseException as error:
-                told = self._as_told(error)
-                for one in batch:
-                    one.error = one.error or told
-            try:
-                self._loop.call_soon_threadsafe(_deliver, batch)
-            except RuntimeError:
-                break  # the loop has ended and nobody waits
-            if last:
-                break
-        database.close()
 
-
-def _run(db: sqlite3.Connection, job: _Job) -> None:
-    db.execute("SAVEPOINT job")
-    try:
-        job.result = job.work(db)
-    except sqlite3.OperationalError:
-        raise
-    except Exception as error:
-        job.error = error
-        db.execute("ROLLBACK TO job")
-    db.execute("RELEASE job")
-
-
-def _deliver(batch: list[_Job]) -> None:
-    for job in batch:
-        if job.future.done():
-            continue
-        if job.error is not None:
-            job.future.set_exception(job.error)
-        else:
-            job.future.set_result(job.result)
+def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:
+    if future.done():
+        return
+    if error is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

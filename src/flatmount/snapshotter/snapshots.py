@@ -1,8 +1,12 @@
-"""The snapshot service itself, without its wire: what each request does to the book, the trees and the mounts.
+"""The snapshot service itself, without its wire: what each request does to the index, the book, the trees, the mounts.
 
 Order is everything for a process that may be killed at any moment: directories before the book knows them, files synced
 before they count as committed, the book before anything is taken away. What a kill leaves is unknown to the book, and
 `start` takes it away.
+
+The calls of a burst are decided in memory, one after the other, and written to the book together. An active snapshot is
+answered when the book has it, which a kill does not undo; against a loss of power it is as durable as what a container
+writes into it, that is, a moment later. A commit is answered when all of it is on disk.
 """
 
 from __future__ import annotations
@@ -11,18 +15,21 @@ import asyncio
 import fcntl
 import logging
 import os
-import sqlite3
-from collections.abc import AsyncIterator, Callable, Sequence
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from collections.abc import Mapping as Labels
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flatmount.errors import FlatmountError, InUse, StoreError
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter import book
-from flatmount.snapshotter.desk import Desk
+from flatmount.snapshotter.ahead import Ahead
+from flatmount.snapshotter.desk import Change, Desk
 from flatmount.snapshotter.filters import parse_filters
 from flatmount.snapshotter.flattening import Flattening
 from flatmount.snapshotter.forms import (
@@ -34,6 +41,7 @@ from flatmount.snapshotter.forms import (
     lowers_of,
     plain_answer,
 )
+from flatmount.snapshotter.index import Entry, Index, remap_refused, without_empty
 from flatmount.snapshotter.model import (
     GID_LABEL,
     REF_LABEL,
@@ -49,18 +57,21 @@ from flatmount.snapshotter.model import (
 )
 from flatmount.snapshotter.ranges import Ranges
 from flatmount.snapshotter.roots import Roots
-from flatmount.snapshotter.trees import Trees
+from flatmount.snapshotter.trees import Trees, Upper
 from flatmount.store.disk import Disk
 from flatmount.store.reserve import Reserve
 
 log = logging.getLogger("flatmount.snapshotter")
 T = TypeVar("T")
+Done = Callable[[Any], None]
 
 # overlayfs takes 500 lowers and mount(2) 4,095 bytes of options, which it cuts without a word; containerd shortens what
 # is longer than 3,584. A chain whose lowers are more than this gets a flat tree before containerd is answered.
 MOST_LOWERS = 100
 MOST_LOWER_BYTES = 3200
 _WORKERS = 16
+# A disk that has been at work on one commit for so long does not answer.
+_STUCK_S = 5.0
 
 HELPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kernel", "flatmount-assemble")
 
@@ -68,7 +79,9 @@ HELPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))
 class Snapshots:
     """The snapshots of one store. Belongs to the event loop it is started on; one process at a time.
 
-    Every method may be cancelled at any point: what it began is finished, or taken away by `cleanup`.
+    Every method may be cancelled at any point: what it began is finished, or taken away by `cleanup`. Those that end in
+    `_soon` never wait: they tell `done` the result or the error, now or later, or return False where the request has to
+    wait for its turn, which the method of the same name without that does.
     """
 
     def __init__(self, disk: Disk, run: str, facts: HostFacts, form: Form, *, flatten_after_s: float = 1.0) -> None:
@@ -87,9 +100,13 @@ class Snapshots:
         self.ranges = Ranges(disk.data, run)
         self.roots = Roots(disk.data, run, facts)
         self._plans = os.path.join(run, "plans")
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
-        # Chains by name, as they are in the book: of what was answered, and of the parents of that.
-        self._known: dict[str, book.Chain] = {}
+        self._index = Index()
+        # The book has refused what the index has: it is to be read again before anything else.
+        self._stale = False
+        self._reading: asyncio.Task[None] | None = None
+        # Keys with a request under way, and who waits for their turn.
+        self._held: dict[str, deque[asyncio.Future[None]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         # Numbers of copies that a commit is about to enter in the book.
         self._copies: set[int] = set()
         self._lock_fd = -1
@@ -111,25 +128,33 @@ class Snapshots:
                 f"another snapshotter serves the store at {self._disk.root}", hint="stop it, or name another --root"
             ) from None
         os.makedirs(self._plans, mode=0o700, exist_ok=True)
-        self._desk = Desk(os.path.join(self._disk.base, "state.db"), Reserve(self._disk.base))
-        snapshots = await self._desk.read(lambda db: [book.chain(db, s.info.name) for s in book.everything(db)])
-        await self._in_pool(lambda: self._recover(snapshots))
-        log.info("recovered", extra={"snapshots": len(snapshots), "ranges": self.ranges.attached})
+        path = os.path.join(self._disk.base, "state.db")
+        self._desk = Desk(path, Reserve(self._disk.base), self._trees, self._not_written)
+        self._ahead = Ahead(self._trees, self._desk.numbers, self._in_pool)
+        await self._read_again()
+        entries = list(self._index)
+        await self._in_pool(lambda: self._recover(entries))
+        self._ahead.last = self._trees.highest
+        try:
+            await self._ahead.start()
+        except StoreError as error:
+            log.warning(error.line())
+        log.info("recovered", extra={"snapshots": len(entries), "ranges": self.ranges.attached})
 
-    def _recover(self, chains: list[book.Chain]) -> None:
-        numbers = {chain.snapshot.number for chain in chains}
-        hidden = self._trees.hide_unknown(numbers, lambda number: False)
+    def _recover(self, entries: list[Entry]) -> None:
+        numbers = {entry.snapshot.number for entry in entries}
+        self._trees.highest = max(numbers, default=0)
+        hidden = self._trees.hide_unknown(numbers, sys.maxsize, lambda number: False)
         if hidden:
             log.info("took away what no snapshot owns", extra={"trees": hidden})
-        for chain in chains:
+        for entry in entries:
             try:
-                if self._trees.repair(chain.snapshot, chain.parents[0] if chain.parents else None):
-                    log.warning("made an empty upper again", extra={"key": chain.snapshot.info.name})
+                if self._trees.repair(entry.snapshot, entry.parent_number):
+                    log.warning("made an empty upper again", extra={"key": entry.snapshot.info.name})
             except FlatmountError as error:
                 log.error(error.line())
-        committed = [chain.snapshot.number for chain in chains if chain.snapshot.info.kind is Kind.COMMITTED]
-        self.flattening.flats = self._trees.flats(committed)
-        snapshots = [chain.snapshot for chain in chains]
+        snapshots = [entry.snapshot for entry in entries]
+        self.flattening.flats = self._trees.flats(s.number for s in snapshots if s.info.kind is Kind.COMMITTED)
         self.ranges.recover({s.number: s.mapping for s in snapshots if s.mapping is not None and _uses_range(s)})
         for line in self.roots.recover(s.number for s in snapshots if _uses_root(s)):
             log.warning(line)
@@ -143,6 +168,7 @@ class Snapshots:
         """
         self._trees.stopping = True
         self.flattening.close()
+        self._ahead.close()
         await self._desk.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.roots.close()
@@ -150,69 +176,124 @@ class Snapshots:
 
     # Requests.
 
-    async def create(self, kind: Kind, key: str, parent: str, labels: Labels[str, str]) -> Mount:
-        """Prepare (active) or View: a new snapshot on `parent`, and what to mount for it.
+    def create_soon(self, kind: Kind, key: str, parent: str, labels: Labels[str, str], done: Done) -> bool:
+        """Prepare (active) or View: a new snapshot on `parent`; `done` gets what to mount for it.
 
-        On disk: snapshots/N/{fs,work}, and the book. Raises: SnapshotError by case, MappingError, StoreError.
+        On disk: snapshots/N/{fs,work}, and the book. Raises, before anything is done: SnapshotError by case,
+        MappingError. To `done`: StoreError, and what the mounting raises.
         """
-        if not key:
-            raise InvalidRequest("a snapshot needs a key")
+        _checked(key)
+        labels = without_empty(labels)
         mapping = mapping_of(labels)
         if mapping is not None and key.endswith("-remap"):
-            raise book.remap_refused(key)
-        info = Info(key, parent, kind, 0, 0, labels)
+            raise remap_refused(key)
+        if self._stale or key in self._held:
+            return False
+        now = time.time_ns()
+        info = Info(key, parent, kind, now, now, labels)
+        on = self._index.check(info, mapping)
+        own_number = self._ahead.take(ready=kind is Kind.ACTIVE and (on is not None or REF_LABEL not in labels))
+        if own_number is None:
+            return False
+        number, made = own_number
         form = form_for(info, self.form)
         host_ids = keeps_host_ids(info, mapping, form, idmapped_upper=self._facts.idmapped_upper)
+        index = self._index
+        entry = index.enter(Snapshot(number, info, mapping, form, host_ids, remapped=False), on)
+        self._held[key] = deque()
 
-        known = self._known.get(parent)
-
-        def enter(db: sqlite3.Connection) -> book.Chain:
-            (number,) = db.execute("UPDATE numbers SET last = last + 1 RETURNING last").fetchone()
-            chain = book.create(db, Snapshot(number, info, mapping, form, host_ids, remapped=False), known)
-            self._trees.make(chain.snapshot, chain.parents[0] if chain.parents else None)
-            return chain
-
-        async with self._locked(key):
-            chain = await self._desk.write(enter, growing=True)
-            self._known[key] = chain
-            if chain.parents:
+        def entered(error: BaseException | None) -> None:
+            if error is not None:
+                if self._stands(index):
+                    index.remove(key)
+                self._release(key)
+                done(error)
+                return
+            if on is not None:
                 if REF_LABEL in labels:
-                    self.flattening.put_off(chain.parents[0])
+                    self.flattening.put_off(on.snapshot.number)
                 else:
-                    self.flattening.begin(chain.parents)
-                if known is None:
-                    self._known[parent] = await self._desk.read(lambda db: book.chain(db, parent))
-            return await self._answer(chain)
+                    self.flattening.begin(on.chain)
+            self._answer_soon(entry, done)
 
-    def mounts_at_once(self, key: str) -> Mount | None:
-        """What `mounts` would answer, where that takes no waiting for anything: no disk, no lock, no mount."""
-        chain = self._known.get(key)
-        if chain is None or key in self._locks or chain.snapshot.info.kind is Kind.COMMITTED:
-            return None
-        return self._answer_at_once(chain)
+        rows = book.Rows(insert=book.row_of(entry.snapshot, entry.parent_number, entry.usage))
+        upper = Upper.of(entry.snapshot, entry.parent_number, made=made)
+        self._desk.submit(Change(rows, entered, upper, growing=True))
+        return True
+
+    async def create(self, kind: Kind, key: str, parent: str, labels: Labels[str, str]) -> Mount:
+        """As `create_soon`, when its turn has come. Raises all of it."""
+        mount: Mount = await self._in_turn(key, lambda done: self.create_soon(kind, key, parent, labels, done))
+        return mount
+
+    def mounts_soon(self, key: str, done: Done) -> bool:
+        """What to mount for an active snapshot or a view, as often as it is asked. Raises: Precondition for others."""
+        if self._stale or key in self._held:
+            return False
+        entry = self._index.find(key)
+        if entry.snapshot.info.kind is Kind.COMMITTED:
+            raise Precondition(f"snapshot {key!r} is neither active nor a view")
+        ready = self._answer_at_once(entry)
+        if ready is not None:
+            done(ready)
+        else:
+            self._held[key] = deque()
+            self._answer_soon(entry, done)
+        return True
 
     async def mounts(self, key: str) -> Mount:
-        """What to mount for an active snapshot or a view, as often as it is asked. Raises: Precondition for others."""
-        async with self._locked(key):
-            chain = await self._desk.read(lambda db: book.chain(db, key))
-            if chain.snapshot.info.kind is Kind.COMMITTED:
-                raise Precondition(f"snapshot {key!r} is neither active nor a view")
-            self._known[key] = chain
-            return await self._answer(chain)
+        """As `mounts_soon`, when its turn has come. Raises all of it."""
+        mount: Mount = await self._in_turn(key, lambda done: self.mounts_soon(key, done))
+        return mount
+
+    def remove_soon(self, key: str, done: Done) -> bool:
+        """Forget a snapshot. Its mount goes now, its files in `cleanup`. `done` gets None.
+
+        Raises: SnapshotNotFound; Precondition, while another one stands on it. To `done`: StoreError.
+        """
+        if self._stale or key in self._held:
+            return False
+        gone = self._index.remove(key).snapshot
+        self._held[key] = deque()
+
+        def removed(error: BaseException | None) -> None:
+            self._release(key)
+            if error is not None:
+                done(error)
+                return
+            self.flattening.forget(gone.number)
+            if self._let_go_at_once(gone):
+                done(None)
+            else:
+                self._start(let_go())
+
+        async def let_go() -> None:
+            try:
+                await self._let_go(gone)
+            finally:
+                done(None)
+
+        self._desk.submit(Change(book.Rows(delete=gone.number), removed))
+        return True
+
+    async def remove(self, key: str) -> None:
+        """As `remove_soon`, when its turn has come. Raises all of it."""
+        await self._in_turn(key, lambda done: self.remove_soon(key, done))
 
     async def commit(self, name: str, key: str, parent: str, labels: Labels[str, str]) -> None:
-        """Make an active snapshot a committed one that others can have as parent. Its files are on disk by then."""
+        """Make an active snapshot a committed one that others can have as parent. All of it is on disk by then."""
         if not name:
             raise InvalidRequest("a committed snapshot needs a name")
+        _checked(name)
         async with self._locked(key):
-            active = await self._desk.read(lambda db: book.find(db, key))
+            active = self._index.find(key).snapshot
             if active.info.kind is not Kind.ACTIVE:
                 raise Precondition(f"snapshot {key!r} is not active")
             if active.unpacked:
-                on = await self._desk.read(lambda db: book.find(db, parent).number if parent else None)
+                on = self._index.find(parent).snapshot.number if parent else None
                 await self._in_pool(lambda: self._trees.rebase(active, on))
             async with self._copy(active) as number:
-                place = active.fs if number is None else f"snapshots/{number}/fs"
+                place = active.fs if number == active.number else f"snapshots/{number}/fs"
                 usage = await self._in_pool(lambda: self._trees.measure(place))
                 await self._synced()
                 if active.number <= self._trees.lost:
@@ -220,77 +301,84 @@ class Snapshots:
                         f"snapshot {key!r}: its files may not have reached the disk, a write to which failed",
                         hint="remove it and pull again",
                     )
-                made = await self._desk.write(
-                    lambda db: book.commit(
-                        db, key=key, name=name, parent=parent, labels=labels, usage=usage, number=number
-                    ),
-                    growing=True,
-                )
-            self._known.pop(key, None)
-            await self._let_go(active)
-            chain = await self._desk.read(lambda db: book.chain(db, made.info.name))
-            if chain.parents:
-                self.flattening.put_off(chain.parents[0])
-            self.flattening.soon((made.number, *chain.parents))
+                made = await self._enter_commit(active, name, parent, labels, usage, number)
+            if not self._let_go_at_once(active):
+                await self._let_go(active)
+            chain = made.chain
+            if len(chain) > 1:
+                self.flattening.put_off(chain[1])
+            self.flattening.soon(chain)
+
+    async def _enter_commit(
+        self, active: Snapshot, name: str, parent: str, labels: Labels[str, str], usage: Usage, number: int
+    ) -> Entry:
+        key = active.info.name
+        await self._not_stale()
+        index = self._index
+        with index.committing(key, name, parent, labels, usage, number) as made:
+            rows = book.Rows(delete=active.number, insert=book.row_of(made.snapshot, made.parent_number, usage))
+            await self._desk.write(rows, growing=True)
+            try:
+                # Nobody stands on it before it is there for good.
+                await self._desk.durable()
+            except StoreError:
+                self._not_written()
+                raise
+            if self._stands(index):
+                index.commit(key, made)
+            else:
+                self._not_written()  # it may have been read before this was written
+            return made
 
     @asynccontextmanager
-    async def _copy(self, active: Snapshot) -> AsyncIterator[int | None]:
-        """The number of a copy of an upper of host ids in the container's, for the block to enter; None for others.
+    async def _copy(self, active: Snapshot) -> AsyncIterator[int]:
+        """The number of a copy of an upper of host ids in the container's, for the block to enter; its own for others.
 
         A copy that the block does not enter is gone afterwards.
         """
         if not active.host_ids:
-            yield None
+            yield active.number
             return
-
-        def next_number(db: sqlite3.Connection) -> int:
-            return int(db.execute("UPDATE numbers SET last = last + 1 RETURNING last").fetchone()[0])
-
-        number = await self._desk.write(next_number)
+        while (taken := self._ahead.take(ready=False)) is None:
+            await self._ahead.more()
+        number, _ = taken
         self._copies.add(number)
         copying = asyncio.ensure_future(self._in_pool(lambda: self._trees.copy_to_container_ids(active, number)))
         try:
             await asyncio.shield(copying)
             yield number
         except Exception:
-            self._copies.discard(number)
-            # Whatever this leaves the next cleanup takes away.
-            with suppress(FlatmountError, OSError):
-                await self._desk.write(self._hide_unknown)
-                await self._in_pool(self._trees.empty_trash)
+            await self._in_pool(lambda: self._trees.discard(number))
             raise
         finally:
             # A request that is cancelled leaves the copying behind, and nobody takes it away under its hands.
             copying.add_done_callback(lambda done: self._copies.discard(number))
 
-    async def remove(self, key: str) -> None:
-        """Forget a snapshot. Its mount goes now, its files in `cleanup`."""
-        async with self._locked(key):
-            gone = await self._desk.write(lambda db: book.remove(db, key))
-            self._known.pop(key, None)
-            self.flattening.forget(gone.number)
-        await self._let_go(gone)
-
     async def stat(self, key: str) -> Info:
         """What is known of a snapshot."""
-        return (await self._desk.read(lambda db: book.find(db, key))).info
+        await self._not_stale()
+        return self._index.find(key).snapshot.info
 
     async def update(self, key: str, labels: Labels[str, str], paths: Sequence[str]) -> Info:
         """Change labels; `paths` as in a field mask."""
-        return await self._desk.write(lambda db: book.update(db, key, labels, paths))
+        async with self._locked(key):
+            entry = self._index.update(key, labels, paths)
+            await self._desk.write(book.Rows(update=book.labels_row(entry.snapshot)))
+            return entry.snapshot.info
 
     async def list(self, filters: Sequence[str]) -> list[Info]:
         """Every snapshot that one of the filters wants."""
         wanted = parse_filters(filters)
-        found = await self._desk.read(lambda db: [snapshot.info for snapshot in book.everything(db)])
-        return [info for info in found if wanted(info)]
+        await self._not_stale()
+        return [entry.snapshot.info for entry in self._index if wanted(entry.snapshot.info)]
 
     async def usage(self, key: str) -> Usage:
         """What a snapshot takes: measured now for an active one, when it was committed for others."""
-        snapshot = await self._desk.read(lambda db: book.find(db, key))
-        if snapshot.info.kind is Kind.ACTIVE:
-            return await self._in_pool(lambda: self._trees.measure(snapshot.fs))
-        return await self._desk.read(lambda db: book.stored_usage(db, snapshot.number))
+        await self._not_stale()
+        entry = self._index.find(key)
+        if entry.snapshot.info.kind is Kind.ACTIVE:
+            return await self._in_pool(lambda: self._trees.measure(entry.snapshot.fs))
+        return entry.usage
 
     async def cleanup(self) -> None:
         """Delete the files of snapshots that were removed, and try again what could not be taken off.
@@ -298,7 +386,14 @@ class Snapshots:
         Raises: StoreError, naming what could not be deleted; the rest is gone.
         """
         left = await self._in_pool(self.roots.retry)
-        await self._desk.write(self._hide_unknown)
+        await self._not_stale()
+        # Whoever is given a number after this has a higher one; what was removed until now is out of the book for good
+        # before its files go.
+        known, last = self._index.numbers() | self._ahead.held() | self._copies, self._ahead.last
+        await self._desk.durable()
+        await self._in_pool(
+            lambda: self._trees.hide_unknown(known, last, lambda n: n in self.flattening.running or self.roots.holds(n))
+        )
         left += await self._in_pool(self._trees.empty_trash)
         if left:
             raise StoreError(
@@ -306,49 +401,136 @@ class Snapshots:
                 hint="unmount what uses them and clean up again",
             )
 
-    def _hide_unknown(self, db: sqlite3.Connection) -> int:
-        # In the writing thread: whoever makes directories does so there, and is in the book or not yet begun; those of
-        # a commit's copy are made elsewhere, and known before that.
-        known = {number for (number,) in db.execute("SELECT number FROM snapshots")} | self._copies
-        return self._trees.hide_unknown(known, lambda n: n in self.flattening.running or self.roots.holds(n))
-
-    async def counts(self) -> dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """Snapshots by kind."""
-        rows = await self._desk.read(
-            lambda db: db.execute("SELECT kind, count(*) FROM snapshots GROUP BY kind").fetchall()
-        )
-        found = {Kind(kind).name.lower(): int(count) for kind, count in rows}
-        return {kind.name.lower(): found.get(kind.name.lower(), 0) for kind in Kind}
+        found = Counter(entry.snapshot.info.kind for entry in self._index)
+        return {kind.name.lower(): found[kind] for kind in Kind}
+
+    async def check(self) -> None:
+        """Whether the store's disk answers. Raises: StoreError, where it says that it does not; may wait for ever."""
+        await self._not_stale()
+        await self._desk.read(lambda db: db.execute("SELECT last FROM numbers").fetchone())
+        if self._desk.stuck_s() > _STUCK_S:
+            raise StoreError(f"{self._disk.root}: a commit has taken {self._desk.stuck_s():.0f} s")
+
+    # Turns.
+
+    async def _in_turn(self, key: str, begin: Callable[[Done], bool]) -> Any:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+        def done(result: Any) -> None:
+            if future.done():
+                return
+            if isinstance(result, BaseException):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+        while not begin(done):
+            if key in self._held:
+                # Only to see it free: whoever comes first takes it.
+                async with self._locked(key):
+                    pass
+            elif self._stale:
+                await self._not_stale()
+            else:
+                await self._ahead.more()
+        return await future
+
+    @asynccontextmanager
+    async def _locked(self, key: str) -> AsyncIterator[None]:
+        """One request at a time for each key, and none on an index that the book does not bear out."""
+        while key in self._held:
+            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._held[key].append(turn)
+            await turn
+        self._held[key] = deque()
+        try:
+            await self._not_stale()
+            yield
+        finally:
+            self._release(key)
+
+    def _release(self, key: str) -> None:
+        for turn in self._held.pop(key):
+            if not turn.done():
+                turn.set_result(None)
+
+    def _not_written(self) -> None:
+        self._stale = True
+
+    async def _not_stale(self) -> None:
+        """Have the index say what the book says. Raises: StoreError, where that cannot be read."""
+        while self._stale:
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._read_again())
+            await asyncio.shield(self._reading)
+
+    def _stands(self, index: Index) -> bool:
+        return self._index is index and not self._stale
+
+    async def _read_again(self) -> None:
+        # What was allowed before has been written or refused by then, and nothing new is allowed.
+        with suppress(StoreError):
+            await self._desk.settled()
+        self._stale = False
+        try:
+            self._index = Index(await self._desk.read(lambda db: list(book.with_usage(db))))
+        except BaseException:
+            self._stale = True
+            raise
 
     # Within.
 
-    def _answer_at_once(self, chain: book.Chain) -> Mount | None:
-        snapshot, mapping, tree = chain.snapshot, chain.snapshot.mapping, self._disk.data
+    def _answer_at_once(self, entry: Entry) -> Mount | None:
+        snapshot, mapping, tree = entry.snapshot, entry.snapshot.mapping, self._disk.data
         if snapshot.form is not Form.OVERLAY:
             return None
-        lowers = lowers_of(chain.parents, self.flattening.flats)
+        lowers = lowers_of(entry.parents, self.flattening.flats)
         if mapping is not None:
             attached = self.ranges.acquire_attached(snapshot.number, mapping)
             if attached is None:
                 return None
             tree = attached
+        known = entry.answer
+        if known is not None and known[0] == tree and known[1] == lowers:
+            return known[2]
         if _too_long(tree, lowers):
             return None
-        return plain_answer(snapshot, lowers, data=self._disk.data, tree=tree)
+        answer = plain_answer(snapshot, lowers, data=self._disk.data, tree=tree)
+        entry.answer = (tree, lowers, answer)
+        return answer
 
-    async def _answer(self, chain: book.Chain) -> Mount:
-        if (ready := self._answer_at_once(chain)) is not None:
-            return ready
-        snapshot = chain.snapshot
-        data = self._disk.data
-        mapping = snapshot.mapping
+    def _answer_soon(self, entry: Entry, done: Done) -> None:
+        """Tell `done` what to mount; the key is held until then."""
+        key = entry.snapshot.info.name
+        ready = self._answer_at_once(entry)
+        if ready is not None:
+            self._release(key)
+            done(ready)
+            return
+
+        async def answer() -> None:
+            result: Mount | Exception
+            try:
+                result = await self._answer(entry)
+            except Exception as error:
+                result = error
+            finally:
+                self._release(key)
+            done(result)
+
+        self._start(answer())
+
+    async def _answer(self, entry: Entry) -> Mount:
+        snapshot, data, mapping = entry.snapshot, self._disk.data, entry.snapshot.mapping
         tree = data
         if mapping is not None and snapshot.form is Form.OVERLAY:
             tree = await self._in_pool(lambda: self.ranges.acquire(snapshot.number, mapping))
-        lowers = lowers_of(chain.parents, self.flattening.flats)
+        lowers = lowers_of(entry.parents, self.flattening.flats)
         if _too_long(tree, lowers):
-            await self.flattening.now(chain.parents)
-            lowers = lowers_of(chain.parents, self.flattening.flats)
+            await self.flattening.now(entry.parents)
+            lowers = lowers_of(entry.parents, self.flattening.flats)
         if snapshot.form is Form.BIND:
             return bind_answer(await self._in_pool(lambda: self.roots.ensure(snapshot, lowers)))
         if snapshot.form is Form.HELPER:
@@ -357,6 +539,12 @@ class Snapshots:
             await self._in_pool(lambda: _write(plan, text))
             return helper_answer(HELPER, plan)
         return plain_answer(snapshot, lowers, data=data, tree=tree)
+
+    def _let_go_at_once(self, gone: Snapshot) -> bool:
+        """Whether nothing stands for a snapshot that must be taken off, or others need it as well."""
+        return gone.form is Form.OVERLAY and (
+            gone.mapping is None or self.ranges.release_shared(gone.number, gone.mapping)
+        )
 
     async def _let_go(self, gone: Snapshot) -> None:
         """Take off what stood for a snapshot. What cannot go now is told and goes with a later cleanup."""
@@ -371,14 +559,15 @@ class Snapshots:
                 with suppress(FileNotFoundError):
                     os.unlink(os.path.join(self._plans, str(gone.number)))
 
-        if gone.form is Form.OVERLAY and (
-            gone.mapping is None or self.ranges.release_shared(gone.number, gone.mapping)
-        ):
-            return
         try:
             await self._in_pool(release)
         except FlatmountError as error:
             log.warning(error.line(), extra={"key": gone.info.name})
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _flatten_now(self, parents: Sequence[int]) -> None:
         """Make the flat tree of the chain whose nearest snapshot is `parents[0]`."""
@@ -400,21 +589,12 @@ class Snapshots:
     async def _in_pool(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
-    @asynccontextmanager
-    async def _locked(self, key: str) -> AsyncIterator[None]:
-        """One request at a time for each key."""
-        lock, waiting = self._locks.get(key, (None, 0))
-        lock = lock or asyncio.Lock()
-        self._locks[key] = (lock, waiting + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, waiting = self._locks[key]
-            if waiting == 1:
-                del self._locks[key]
-            else:
-                self._locks[key] = (lock, waiting - 1)
+
+def _checked(name: str) -> None:
+    if not name:
+        raise InvalidRequest("a snapshot needs a key")
+    if "\0" in name:
+        raise InvalidRequest(f"{name!r} cannot be the name of a snapshot")
 
 
 def mapping_of(labels: Labels[str, str]) -> Mapping | None:

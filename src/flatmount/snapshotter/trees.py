@@ -11,71 +11,122 @@ What the book does not know is nobody's: it is moved to the store's trash and de
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
-from flatmount.errors import StoreError, from_os_error
-from flatmount.kernel.tree import copy_tree, flatten, remove_tree, sync_filesystem
+from flatmount.errors import FlatmountError, StoreError, from_os_error
+from flatmount.kernel.tree import copy_tree, flatten, make_uppers, remove_tree, sync_filesystem
 from flatmount.plan.mapping import IdRange, Mapping
 from flatmount.snapshotter.model import Kind, Snapshot, Usage
 from flatmount.store.disk import Disk
 
+# Mode and owner of a root directory that nobody said anything of.
+_PLAIN = (0o755, 0, 0)
+_MOST_ROOTS = 4096
+# On the directory of all snapshots: `lost`, for the next process.
+_LOST = "trusted.flatmount.lost"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+@dataclass(frozen=True, slots=True)
+class Upper:
+    """The directories of one fresh snapshot.
+
+    `parent` lends its root's mode and owner, which `owners` moves to host ids. `made` says that `make_ahead` has been
+    there; `work` and `none` say which there are beside the snapshot's files.
+    """
+
+    number: int
+    name: str
+    parent: int | None
+    owners: Mapping | None
+    made: bool
+    work: bool
+    none: bool
+
+    @classmethod
+    def of(cls, snapshot: Snapshot, parent: int | None, *, made: bool = False) -> Upper:
+        """Those of a snapshot on `parent`."""
+        owners = snapshot.mapping if snapshot.host_ids else None
+        work = snapshot.info.kind is Kind.ACTIVE
+        return cls(snapshot.number, snapshot.info.name, parent, owners, made, work, snapshot.unpacked)
 
 
 class Trees:
     """The directories of one store's snapshots. Borrows `disk`; its methods may be called from any thread.
 
-    `lost` is the highest number that there was when a write to the disk failed, or 0: what was written until then into
-    snapshots up to that number may be lost, and the kernel tells of it once only.
+    `highest` is the highest number of a snapshot that there has been. `lost` is what that was when a write to the disk
+    failed, or 0: what was written until then into snapshots up to that number may be lost, and the kernel tells of it
+    once only. It outlives the process, where the disk still takes an attribute.
     """
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._fd = disk.data_fd
-        self._highest = 0
+        self._roots: dict[int, tuple[int, int, int]] = {}
+        self.highest = 0
         self._failures = 0
         self._syncing = threading.Lock()
-        self.lost = 0
+        self.lost = self._known_lost()
         self.stopping = False
 
-    def make(self, snapshot: Snapshot, parent: int | None) -> None:
-        """Make the directories of a fresh snapshot; its root takes mode and owner from the parent's root.
+    def make(self, uppers: Sequence[Upper]) -> list[FlatmountError | None]:
+        """Make the directories of fresh snapshots; each root takes mode and owner from its parent's root.
 
-        Owners are those of the container, or the host's where the snapshot keeps host ids.
-        Raises: MappingError, when the root's owner has no host id; StoreError.
+        Returns what went wrong with each: MappingError, when the root's owner has no host id; StoreError. What is there
+        of such a one goes with a later cleanup.
         """
-        mode, uid, gid = 0o755, 0, 0
-        try:
-            if parent is not None:
-                root = os.stat(f"snapshots/{parent}/fs", dir_fd=self._fd, follow_symlinks=False)
-                mode, uid, gid = stat.S_IMODE(root.st_mode), root.st_uid, root.st_gid
-            if snapshot.host_ids and snapshot.mapping is not None:
-                uid, gid = snapshot.mapping.host_uid(uid), snapshot.mapping.host_gid(gid)
-            self._make_top(snapshot.number)
-            fs = snapshot.fs
-            os.mkdir(fs, 0o755, dir_fd=self._fd)
-            if (uid, gid) != (0, 0):
-                os.chown(fs, uid, gid, dir_fd=self._fd, follow_symlinks=False)
-            os.chmod(fs, mode, dir_fd=self._fd)
-            if snapshot.info.kind is Kind.ACTIVE:
-                os.mkdir(snapshot.work, 0o711, dir_fd=self._fd)
-            if snapshot.unpacked:
-                os.mkdir(snapshot.nothing, 0o755, dir_fd=self._fd)
-        except OSError as error:
-            raise _told(error, f"make the directories of snapshot {snapshot.info.name!r}:") from error
+        found: list[FlatmountError | None] = [None] * len(uppers)
+        entries = []
+        for place, upper in enumerate(uppers):
+            self.highest = max(self.highest, upper.number)
+            try:
+                mode, uid, gid = self._root_of(upper)
+            except OSError as error:
+                found[place] = _told(error, f"make the directories of snapshot {upper.name!r}:")
+            except FlatmountError as error:
+                found[place] = error
+            else:
+                entries.append((place, (upper.number, upper.made, upper.work, upper.none, mode, uid, gid)))
+        for (place, entry), number in zip(entries, make_uppers(self._fd, [e for _, e in entries]), strict=True):
+            upper = uppers[place]
+            if number == errno.EEXIST and not upper.made:
+                # Left by a commit of the book that failed; no snapshot in the book has this number.
+                self._hide(f"snapshots/{upper.number}")
+                (number,) = make_uppers(self._fd, [entry])
+            if number:
+                found[place] = _told(
+                    OSError(number, os.strerror(number)), f"make the directories of snapshot {upper.name!r}:"
+                )
+        return found
 
-    def _make_top(self, number: int) -> None:
-        self._highest = max(self._highest, number)
-        try:
-            os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
-        except FileExistsError:
-            # Left by a commit of the book that failed; no snapshot in the book has this number.
-            self._hide(f"snapshots/{number}")
-            os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
+    def make_ahead(self, numbers: Sequence[int]) -> None:
+        """Make the directories of active snapshots to come, as `make` finds them made. Raises: StoreError."""
+        for number in make_uppers(self._fd, [(n, False, True, False, _PLAIN[0], *_PLAIN[1:]) for n in numbers]):
+            if number:
+                raise _told(OSError(number, os.strerror(number)), "make directories ahead:")
+
+    def _root_of(self, upper: Upper) -> tuple[int, int, int]:
+        """Mode and owner of a fresh snapshot's root. What is committed keeps those of its own."""
+        found = _PLAIN
+        if upper.parent is not None:
+            known = self._roots.get(upper.parent)
+            if known is None:
+                root = os.stat(f"snapshots/{upper.parent}/fs", dir_fd=self._fd, follow_symlinks=False)
+                known = (stat.S_IMODE(root.st_mode), root.st_uid, root.st_gid)
+                if len(self._roots) >= _MOST_ROOTS:
+                    self._roots.clear()
+                self._roots[upper.parent] = known
+            found = known
+        mode, uid, gid = found
+        if upper.owners is not None:
+            uid, gid = upper.owners.host_uid(uid), upper.owners.host_gid(gid)
+        return mode, uid, gid
 
     def repair(self, snapshot: Snapshot, parent: int | None) -> bool:
         """Make an active snapshot's directories again where a power cut took them. Returns whether it had to."""
@@ -87,8 +138,19 @@ class Trees:
                 f"snapshot {snapshot.info.name!r} has lost its files ({self._disk.data}/{snapshot.fs})",
                 hint="remove the image in containerd and pull it again",
             )
-        self.make(snapshot, parent)
+        (error,) = self.make([Upper.of(snapshot, parent)])
+        if error is not None:
+            raise error
         return True
+
+    def _make_top(self, number: int) -> None:
+        self.highest = max(self.highest, number)
+        try:
+            os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
+        except FileExistsError:
+            # Left by a commit of the book that failed; no snapshot in the book has this number.
+            self._hide(f"snapshots/{number}")
+            os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
 
     def rebase(self, snapshot: Snapshot, parent: int | None) -> None:
         """Make a layer that was unpacked without a parent fit for the one it gets, or for none.
@@ -227,19 +289,40 @@ class Trees:
             try:
                 sync_filesystem(self._fd)
             except OSError as error:
-                self.lost = self._highest
+                self.lost = self.highest
                 self._failures += 1
+                self._remember_lost()
                 raise _told(error, f"write {self._disk.data} to disk:") from error
 
-    def hide_unknown(self, known: set[int], busy: Callable[[int], bool]) -> int:
-        """Move every snapshot that is neither `known` nor `busy` out of sight. Returns how many."""
+    def _known_lost(self) -> int:
+        try:
+            return int(os.getxattr(f"{self._disk.data}/snapshots", _LOST, follow_symlinks=False))
+        except (OSError, ValueError):
+            return 0
+
+    def _remember_lost(self) -> None:
+        # On a disk that fails this may fail too, and then it is forgotten with the process.
+        with suppress(OSError):
+            os.setxattr(f"{self._disk.data}/snapshots", _LOST, b"%d" % self.lost, follow_symlinks=False)
+
+    def hide_unknown(self, known: Container[int], last: int, busy: Callable[[int], bool]) -> int:
+        """Move every snapshot that is neither `known` nor `busy` out of sight, but for those after the number `last`.
+
+        Returns how many.
+        """
         hidden = 0
-        self._highest = max(self._highest, *known, 0)
         for name in os.listdir(f"{self._disk.data}/snapshots"):
-            if not name.isdigit() or (int(name) not in known and not busy(int(name))):
-                self._hide(f"snapshots/{name}")
-                hidden += 1
+            number = int(name) if name.isdigit() else None
+            if number is not None and (number > last or number in known or busy(number)):
+                continue
+            self._hide(f"snapshots/{name}")
+            hidden += 1
         return hidden
+
+    def discard(self, number: int) -> None:
+        """Delete the directories of a number that no snapshot has. What cannot go now goes with a later cleanup."""
+        with suppress(OSError, StoreError):
+            self._disk.discard(f"snapshots/{number}")
 
     def empty_trash(self) -> list[str]:
         """Delete what is out of sight. Returns what could not be: a mount in it, for one, is never gone through.

@@ -1,6 +1,6 @@
 """The store's book: which images, layers and trees there are.
 
-SQLite in WAL mode; a commit is on disk when it returns.
+SQLite in WAL mode; a commit is on disk when it returns, but for a connection that was opened to write `lazily`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from flatmount.errors import StoreError
 from flatmount.store.reserve import Reserve
 
 _BUSY_S: Final = 60.0
+_LOG_BYTES: Final = 4 << 20  # what a log that has grown longer is cut to
 _FREE_SPACE: Final = "free space or inodes on its file system and try again; nothing was changed"
 
 # One script for each version. A number names a tree for ever: `numbers` only counts up, so that a path that
@@ -142,9 +143,14 @@ _TABLES: Final = {"layers": "layers", "flat": "flats", "shifted": "shifted", "er
 class Database:
     """One connection, for any number of threads one after the other."""
 
-    def __init__(self, path: str, *, reserve: Reserve | None = None) -> None:
-        """Open the book at `path`. On a full disk it gives `reserve` back, and without one can only be read."""
+    def __init__(self, path: str, *, reserve: Reserve | None = None, lazily: bool = False) -> None:
+        """Open the book at `path`. On a full disk it gives `reserve` back, and without one can only be read.
+
+        Written `lazily`, a commit survives the end of every process, and a loss of power only after `sync`; what is
+        lost then is the latest commits, whole ones. Such a connection leaves checkpoints to whoever syncs.
+        """
         self.path = path
+        self._lazily = lazily
         self._lock = threading.RLock()
         self._reserve = reserve
         self._reserve_taken = False
@@ -226,6 +232,32 @@ class Database:
             finally:
                 self._connection.execute("ROLLBACK")
 
+    def sync(self) -> None:
+        """Every commit until now, of any connection, is on disk when this returns. Raises: StoreError."""
+        # Of all files of a database this is the only one that may be opened beside SQLite: no lock is on it, which
+        # closing a second descriptor would let go of.
+        try:
+            fd = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StoreError(f"{self.path}-wal: {error.strerror}", hint="see the kernel's log") from error
+        try:
+            os.fdatasync(fd)
+        except OSError as error:
+            raise StoreError(f"write {self.path} to disk: {error.strerror}", hint="see the kernel's log") from error
+        finally:
+            os.close(fd)
+
+    def checkpoint(self) -> bool:
+        """Move what was committed from the log into the book, as far as nobody has to wait. Raises: StoreError.
+
+        Returns whether that was all: the log is begun anew by the next commit then.
+        """
+        with self._lock, self._told():
+            busy, logged, moved = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return not busy and logged == moved
+
     def next_numbers(self, count: int) -> range:
         """Numbers that no tree of this store has had or will have."""
         with self.transaction(growing=True) as db:
@@ -301,7 +333,10 @@ class Database:
         try:
             if how == "mode=rw":
                 connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute(f"PRAGMA synchronous = {'NORMAL' if self._lazily else 'FULL'}")
+            if self._lazily:
+                connection.execute("PRAGMA wal_autocheckpoint = 0")
+                connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA user_version")
         except BaseException:

@@ -35,12 +35,15 @@ class Reserve:
             for path in self._paths():
                 _fill(path)
 
+    def is_low(self) -> bool:
+        """Whether the file system is as good as full."""
+        with contextlib.suppress(OSError):
+            return not self._free(_LOW_BYTES, _LOW_INODES)
+        return True
+
     def release_if_low(self) -> bool:
         """Give it back if the file system is as good as full; whether there was any."""
-        with contextlib.suppress(OSError):
-            if self._free(_LOW_BYTES, _LOW_INODES):
-                return False
-        return self.release()
+        return self.is_low() and self.release()
 
     def release(self) -> bool:
         """Give it back; whether there was any."""

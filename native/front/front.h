@@ -1,0 +1,62 @@
+/*
+ * The front of a gRPC service on a unix socket: one thread that speaks HTTP/2 (libnghttp2) with any number of clients
+ * and hands whole calls to somebody else, many at a time, whose answers it takes back the same way.
+ *
+ * See: the gRPC protocol over HTTP/2 (PROTOCOL-HTTP2.md of gRPC), RFC 9113.
+ */
+#ifndef FLATMOUNT_FRONT_H
+#define FLATMOUNT_FRONT_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define FM_GONE (-1)
+
+/* Status codes that the front itself answers with. */
+enum { FM_OK = 0, FM_RESOURCE_EXHAUSTED = 8, FM_UNIMPLEMENTED = 12, FM_INTERNAL = 13 };
+
+/* What a client asks for: `method` is the place of its path among the front's, or FM_GONE for a call whose client has
+ * left before it was answered. */
+struct fm_request {
+	struct fm_request *next;
+	uint64_t call;
+	int method;
+	uint64_t deadline_ns; /* CLOCK_MONOTONIC; 0: the client names none */
+	unsigned char *body;  /* a gRPC frame: five bytes and the message */
+	size_t body_bytes;
+};
+
+/* A part of an answer: a message, the end with its status, or both. */
+struct fm_reply {
+	struct fm_reply *next;
+	uint64_t call;
+	bool has_message, ends;
+	int status;
+	char *told; /* or NULL */
+	size_t bytes, sent;
+	unsigned char frame[]; /* five bytes and the message */
+};
+
+struct fm_front;
+
+/* Begin to serve on `listening`, which is the front's from now on unless this fails. `paths` are copied. Returns NULL
+ * with errno. */
+struct fm_front *fm_front_start(int listening, char *const *paths, size_t count, size_t most_bytes);
+/* A descriptor that is readable while there are requests. Stays the front's. */
+int fm_front_ready(const struct fm_front *front);
+/* All requests there are, oldest first; the caller frees each with fm_request_free. */
+struct fm_request *fm_front_take(struct fm_front *front);
+void fm_request_free(struct fm_request *request);
+/* A reply with room for a message; NULL where there is no memory. */
+struct fm_reply *fm_reply_new(uint64_t call, const void *message, size_t bytes);
+/* Hand replies over, in the order of the list. They go out with the next flush. */
+void fm_front_reply(struct fm_front *front, struct fm_reply *first, struct fm_reply *last);
+void fm_front_flush(struct fm_front *front);
+/* Accept nobody more, send what was handed over for at most `grace_ms`, and let go of everything. */
+void fm_front_stop(struct fm_front *front, int grace_ms);
+
+uint64_t fm_now_ns(void);
+
+#endif
