@@ -88,6 +88,9 @@ def _run(args: argparse.Namespace) -> int:
         raise MissingFeature(
             f"the snapshotter needs the package {error.name}", hint="install flatmount[snapshotter]"
         ) from None
+    except ImportError as error:
+        # The loader's own words name the library.
+        raise MissingFeature(f"the snapshotter cannot be loaded: {error}", hint="install libnghttp2") from None
     run_at = run_directory()
     place = Place(
         root=root_directory(args),

@@ -6,9 +6,10 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
-from flatmount.plan.mapping import Mapping, parse_ranges
+from flatmount.plan.mapping import IdRange, Mapping, parse_ranges
 from flatmount.snapshotter.model import REF_LABEL, Form, Info, Kind, Snapshot, SnapshotNotFound, Usage
 
 _COLUMNS: Final = (
@@ -69,14 +70,19 @@ def row_of(snapshot: Snapshot, parent: int | None, usage: Usage) -> Row:
         info.updated_ns,
         json.dumps(info.labels),
         info.labels.get(REF_LABEL),
-        None if mapping is None else ",".join(map(str, mapping.uids)),
-        None if mapping is None else ",".join(map(str, mapping.gids)),
+        None if mapping is None else _ranges(mapping.uids),
+        None if mapping is None else _ranges(mapping.gids),
         snapshot.form.value,
         int(snapshot.host_ids),
         int(snapshot.remapped),
         usage.size_bytes,
         usage.inodes,
     )
+
+
+@lru_cache(maxsize=1024)
+def _ranges(ranges: tuple[IdRange, ...]) -> str:
+    return ",".join(map(str, ranges))
 
 
 def labels_row(snapshot: Snapshot) -> Row:

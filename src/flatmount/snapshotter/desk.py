@@ -2,7 +2,7 @@
 
 What many ask for at once is one commit, and one call of each kind to SQLite and to the file system: a thread that takes
 the interpreter's lock for every row would wait for it at every row. A commit is seen by every process at once, and is
-on disk within a fifth of a second; who needs more asks for it. The event loop never waits for a disk. On a full disk
+on disk within a second; who needs more asks for it. The event loop never waits for a disk. On a full disk
 the store's reserve is given back for what makes the book smaller, and set aside again when there is room.
 """
 
@@ -31,8 +31,10 @@ T = TypeVar("T")
 Done = Callable[[BaseException | None], None]
 
 _MOST_AT_ONCE = 512
+# So many are enough to begin with, while the event loop still takes in the others.
+_BEGIN_AT = 16
 _RESERVE_EVERY_S = 5.0
-_SYNC_AFTER_S = 0.1
+_SYNC_AFTER_S = 0.5
 # The log is moved into the book by the keeper, so often. While changes never stop that does not get to its end, and the
 # writer does it after so many.
 _MOVE_EVERY_S = 1.0
@@ -103,9 +105,13 @@ class Desk:
             thread.start()
 
     def submit(self, change: Change) -> None:
-        """Write a change with whatever else is asked for in this turn of the event loop, and while one is written."""
+        """Write a change with what else is asked for in this turn of the event loop, or while another is written."""
         self._waiting.changes.append(change)
-        if not self._handing_over and self._writing is None:
+        if self._writing is not None:
+            return
+        if len(self._waiting.changes) >= _BEGIN_AT:
+            self._hand_over()
+        elif not self._handing_over:
             self._handing_over = True
             self._loop.call_soon(self._hand_over)
 

@@ -63,7 +63,7 @@ def plain_answer(snapshot: Snapshot, lowers: Sequence[str], *, data: str, tree: 
     if not active and len(lowers) == 1:
         return Mount("bind", f"{tree}/{lowers[0]}", ("ro", "rbind"))
     own = (f"workdir={data}/{snapshot.work}", f"upperdir={data}/{snapshot.fs}") if active else ("ro",)
-    lower = "lowerdir=" + ":".join(f"{tree}/{path}" for path in lowers)
+    lower = f"lowerdir={tree}/" + f":{tree}/".join(lowers)
     return Mount("overlay", "overlay", (*own, lower, *OVERLAY_OPTIONS))
 
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import threading
 from contextlib import suppress
+from functools import lru_cache
 
 from flatmount.errors import OperationFailed
 from flatmount.kernel.executor import run_once
@@ -31,6 +32,7 @@ from flatmount.plan.operations import (
 _TREE = Slot("tree")
 
 
+@lru_cache(maxsize=4096)
 def range_name(mapping: Mapping) -> str:
     """The name of a range's tree: FIRST-SIZE for the usual one range, else a digest of its lines."""
     (first, *more) = mapping.uids
@@ -95,6 +97,9 @@ class Ranges:
     def acquire_attached(self, number: int, mapping: Mapping) -> str | None:
         """As `acquire`, but never waits: None where the tree is not attached, or somebody works on it."""
         name = range_name(mapping)
+        if name in self._attached and number in self._users.get(name, ()):
+            # Counted before: the tree stays until this number is released.
+            return f"{self.place}/{name}"
         lock = self._lock(name)
         if not lock.acquire(blocking=False):
             return None
@@ -103,7 +108,7 @@ class Ranges:
             if not users or name not in self._attached:
                 return None
             users.add(number)
-            return os.path.join(self.place, name)
+            return f"{self.place}/{name}"
         finally:
             lock.release()
 

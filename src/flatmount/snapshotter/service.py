@@ -45,6 +45,8 @@ _MOST_REQUEST_BYTES = 16 << 20
 _LOOK_EVERY_S = 0.05
 _WATCH_EVERY_S = 1.0
 _CLOSE_MS = 100
+# So many answers are enough to send some, while the others of a burst are still made.
+_FLUSH_AT = 16
 
 
 class Code(IntEnum):
@@ -71,6 +73,7 @@ _CODES: tuple[tuple[type[FlatmountError], Code], ...] = (
     (MissingFeature, Code.FAILED_PRECONDITION),
     (StoreError, Code.UNAVAILABLE),
 )
+_NAMES = {code: code.name for code in Code}
 _EXPECTED = frozenset((Code.OK, Code.NOT_FOUND, Code.ALREADY_EXISTS))
 
 
@@ -138,6 +141,7 @@ class Service:
         self._running: dict[int, _Call] = {}
         self._looking: asyncio.TimerHandle | None = None
         self._flushing = False
+        self._unflushed = 0
         own, health = f"/{SERVICE}/", f"/{HEALTH}/"
         self._ways = (
             _Way(own + "Prepare", wire.CreateRequest.FromString, self._prepare, _mounts),
@@ -157,6 +161,7 @@ class Service:
     def serve(self, listening: socket.socket) -> None:
         """Answer whoever connects to `listening`, which is the service's from now on. Raises: OSError."""
         self._loop = asyncio.get_running_loop()
+        listening.setblocking(False)
         paths = tuple(way.path for way in self._ways)
         self._front = Front(listening.fileno(), paths, _MOST_REQUEST_BYTES)
         listening.detach()
@@ -272,18 +277,24 @@ class Service:
             self._looking = self._loop.call_later(_LOOK_EVERY_S, self._look)
 
     def _flush_soon(self) -> None:
-        if not self._flushing:
+        self._unflushed += 1
+        if self._unflushed >= _FLUSH_AT:
+            self._unflushed = 0
+            if self._front is not None:
+                self._front.flush()
+        elif not self._flushing:
             self._flushing = True
             self._loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._flushing = False
+        self._unflushed = 0
         if self._front is not None:
             self._front.flush()
 
     def _count(self, call: _Call, code: Code) -> None:
         seconds = time.perf_counter() - call.begun
-        self._metrics.count(call.way.name, code.name, seconds)
+        self._metrics.count(call.way.name, _NAMES[code], seconds)
         level = logging.DEBUG if code in _EXPECTED else logging.WARNING
         if log.isEnabledFor(level):
             extra = {"call": call.way.name, "key": call.key, "code": code.name, "ms": round(seconds * 1e3, 2)}

@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from collections.abc import Mapping as Labels
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from flatmount.errors import FlatmountError, InUse, StoreError
@@ -604,11 +605,17 @@ def mapping_of(labels: Labels[str, str]) -> Mapping | None:
         return None
     if not uids or not gids:
         raise InvalidRequest(f"a mapping needs both {UID_LABEL} and {GID_LABEL}")
+    return _parsed(uids, gids)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(uids: str, gids: str) -> Mapping:
     return Mapping.parse(uids, gids)
 
 
 def _too_long(tree: str, lowers: Sequence[str]) -> bool:
-    return len(lowers) > MOST_LOWERS or sum(len(tree) + len(lower) + 2 for lower in lowers) > MOST_LOWER_BYTES
+    room = MOST_LOWER_BYTES - (len(tree) + 2) * len(lowers)
+    return len(lowers) > MOST_LOWERS or sum(map(len, lowers)) > room
 
 
 def _uses_range(snapshot: Snapshot) -> bool:
