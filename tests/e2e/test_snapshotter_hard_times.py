@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.snapshotter.service import SERVICE
 from flatmount.snapshotter.wire import snapshots_pb2 as wire
+from tests.conftest import SOAK
+from tests.disks import cut_power, mounted_disk, new_disk
 from tests.kernel import own_namespace
 from tests.snapshotting import Daemon, Refused, commit_layers, mounted, own_mounts, serving
 
@@ -166,6 +169,78 @@ def test_a_store_that_turns_read_only_answers_reads_and_loses_nothing(tmp_path: 
             daemon.stop(signal.SIGKILL)
         own_namespace.umount(str(disk), own_namespace.MNT_DETACH)
     assert own_mounts(daemon) == []
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_power_cut_takes_no_layer_and_no_snapshot_that_is_a_second_old(tmp_path: Path, seed: int) -> None:
+    """What was committed is there whenever the cut comes; of what was prepared, all but the last second."""
+    enter_private_mounts()
+    chance, cuts, lost = random.Random(seed), 50 if SOAK else 5, 0
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    disk.mkdir()
+    new_disk(image, 128 << 20)
+    daemon = Daemon(disk / "store", tmp_path / "run", "overlay")
+    layers: list[str] = []
+    containers: dict[str, float] = {}
+    removed: dict[str, float] = {}
+    for cut in range(cuts):
+        with mounted_disk(image, disk):
+            daemon.start()
+            with daemon.client() as client:
+                until = time.monotonic() + 1.5 + chance.random()
+                while time.monotonic() < until:
+                    number, parent = len(layers), layers[-1] if layers and chance.random() < 0.8 else ""
+                    key = f"key-{cut}-{number}"
+                    with mounted(client.prepare(key, parent), tmp_path / "unpack") as root:
+                        (root / f"file-{number}").write_text(f"content of {number}\n")
+                    client.commit(f"layer-{number}", key)
+                    layers.append(f"layer-{number}")
+                    name = f"container-{cut}-{number}"
+                    client.prepare(name, layers[-1], mapping=RANGE if chance.random() < 0.5 else None)
+                    containers[name] = time.monotonic()
+                    if chance.random() < 0.3:
+                        gone = chance.choice([*containers])
+                        client.remove(gone)
+                        del containers[gone]
+                        removed[gone] = time.monotonic()
+                        client.cleanup()
+            at = time.monotonic()
+            cut_power(disk)
+            daemon.stop(signal.SIGKILL)
+            detach(own_mounts(daemon))
+        with mounted_disk(image, disk):
+            daemon.start()
+            with daemon.client() as client:
+                names = client.names()
+                assert set(layers) <= names
+                old = {name for name, since in containers.items() if at - since > 1.2}
+                assert old <= names, "what is a second old is on disk"
+                assert names - set(layers) <= {*containers, *removed, *(f"key-{cut}-{n}" for n in range(len(layers)))}
+                for name in set(containers) & names:
+                    with mounted(client.mounts(name), tmp_path / "root") as root:
+                        assert os.listdir(root)
+                for number in chance.sample(range(len(layers)), min(5, len(layers))):
+                    with mounted(client.view("look", f"layer-{number}"), tmp_path / "root") as root:
+                        assert (root / f"file-{number}").read_text() == f"content of {number}\n"
+                    client.remove("look")
+                lost += len(set(containers) - names)
+                for name in names - set(layers) - set(containers):
+                    client.remove(name)
+                for name in set(containers) - names:  # as containerd does, which has them on disk
+                    client.prepare(name, layers[-1])
+                removed.clear()
+                client.cleanup()
+                containers = dict.fromkeys(containers, -1e9)
+            assert daemon.stop() < 2
+            detach(own_mounts(daemon))
+    print(f"{cuts} power cuts, {len(layers)} layers, {lost} of {len(containers)} containers were younger than a second")
+
+
+def detach(points: list[str]) -> None:
+    """A machine that has no power has no mounts either."""
+    for point in points:
+        own_namespace.umount(point, own_namespace.MNT_DETACH)
 
 
 def test_a_root_that_is_busy_keeps_its_files_and_what_lies_beneath(tmp_path: Path) -> None:

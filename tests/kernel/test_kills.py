@@ -8,7 +8,6 @@ are spread over all of it, its opening of the store and sweeping included. In th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -35,12 +34,11 @@ from flatmount.image.registry_auth import Keychain
 from flatmount.image.registry_reference import Reference
 from flatmount.store import FlatForm, Part, Store
 from tests.conftest import SOAK
+from tests.disks import cut_power, mounted_disk, new_disk
 from tests.registries import registry_process
 
 KILLS = 500 if SOAK else 50
 POWER_CUTS = 50 if SOAK else 5
-EXT4_IOC_SHUTDOWN = 0x8004587D
-NO_LOG_FLUSH = 2
 VERBS = ("pull", "unpack", "flatten", "erofs", "remove", "collect", "repair", "export")
 LATE = 1.15  # of an operation's usual time: some blows come when it is just done
 LATE_CUT = 1.6  # more of them, because what is done must be on disk
@@ -348,9 +346,7 @@ def test_a_kill_loses_nothing_and_leaves_nothing_by_half(ram: Path, images: Imag
 def disk(tmp_path: Path) -> Iterator[Path]:
     """An ext4 in a file, not mounted yet."""
     image = tmp_path / "disk.img"
-    with image.open("wb") as out:
-        out.truncate(128 << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    new_disk(image, 128 << 20)
     yield image
     image.unlink()
 
@@ -365,36 +361,19 @@ def test_a_power_cut_loses_nothing_that_was_stored(disk: Path, tmp_path: Path, i
     moments = {verb: Moments() for verb in verbs}
     place.mkdir()
     out.mkdir()
-    with mounted(disk, place):
+    with mounted_disk(disk, place):
         with Store.open(root, create=True):
             pass
         calm_rounds(images, root, out, moments, verbs)
     for count in range(POWER_CUTS):
         verb, name = verbs[count % len(verbs)], chance.choice([*IMAGES])
-        with mounted(disk, place):
+        with mounted_disk(disk, place):
             before = prepare(images, root, verb, name, chance)
             at = chance.random() * LATE_CUT
             stored = strike(images, root, verb, name, str(out / "x"), moments[verb], at, lambda: cut_power(place))
-        with mounted(disk, place):
+        with mounted_disk(disk, place):
             assert_whole(images, root, verb, name, before, stored)
         done += stored
     print(f"{done} operations done before their power cut")
     within = told(moments, began, "power cuts")
     assert within
-
-
-@contextlib.contextmanager
-def mounted(image: Path, place: Path) -> Iterator[None]:
-    subprocess.run(["mount", "-o", "loop", image, place], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", place], check=True)
-
-
-def cut_power(place: Path) -> None:
-    fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.ioctl(fd, EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH.to_bytes(4, "little"))
-    finally:
-        os.close(fd)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ class Shelf:
         on = self.index.check(info, mapping)
         self.last += 1
         entry = self.index.enter(Snapshot(self.last, info, mapping, Form.OVERLAY, False, False), on)
-        book.write(self.db, [book.Rows(insert=book.row_of(entry.snapshot, entry.parent_number, entry.usage))])
+        self.write(book.Rows(insert=book.row_of(entry.snapshot, entry.parent_number, entry.usage)))
         return entry
 
     def commit(self, key: str, name: str, parent: str = "", labels: dict[str, str] | None = None) -> Snapshot:
@@ -56,7 +57,7 @@ class Shelf:
         number = 0 if active is None else active.snapshot.number
         with self.index.committing(key, name, parent, labels or {}, Usage(4096, 2), number) as made:
             row = book.row_of(made.snapshot, made.parent_number, made.usage)
-            book.write(self.db, [book.Rows(delete=number, insert=row)])
+            self.write(book.Rows(delete=number, insert=row))
             self.index.commit(key, made)
         return made.snapshot
 
@@ -65,12 +66,15 @@ class Shelf:
         return self.commit(f"{name}-key", name, labels=labels)
 
     def remove(self, name: str) -> None:
-        book.write(self.db, [book.Rows(delete=self.index.remove(name).snapshot.number)])
+        self.write(book.Rows(delete=self.index.remove(name).snapshot.number))
 
     def update(self, name: str, labels: dict[str, str], paths: list[str]) -> Info:
         entry = self.index.update(name, labels, paths)
-        book.write(self.db, [book.Rows(update=book.labels_row(entry.snapshot))])
+        self.write(book.Rows(update=book.labels_row(entry.snapshot)))
         return entry.snapshot.info
+
+    def write(self, rows: book.Rows) -> None:
+        self.db.execute(book.WRITE, book.parameters([rows]))
 
     def check_book(self) -> None:
         read = Index(book.with_usage(self.db))
@@ -79,10 +83,18 @@ class Shelf:
         assert read._content == self.index._content
 
 
+@contextmanager
+def writing(database: Database) -> Iterator[sqlite3.Connection]:
+    for statement in book.SETUP:
+        database.write(statement, ())
+    with database.transaction() as db:
+        yield db
+
+
 @pytest.fixture
 def shelf(tmp_path: Path) -> Iterator[Shelf]:
     database = Database.create(str(tmp_path / "state.db"))
-    with database.transaction() as db:
+    with writing(database) as db:
         made = Shelf(db)
         yield made
         made.check_book()
@@ -246,7 +258,7 @@ STEPS = st.one_of(
 @given(steps=st.lists(STEPS, max_size=30))
 def test_whatever_is_asked_the_book_says_what_the_index_says(steps: list[tuple[object, ...]], tmp_path: Path) -> None:
     database = Database.create(str(tmp_path / "state.db"))
-    with database.transaction() as db:
+    with writing(database) as db:
         db.execute("DELETE FROM snapshots")
         shelf = Shelf(db)
         for what, *words in steps:
@@ -258,7 +270,7 @@ def test_whatever_is_asked_the_book_says_what_the_index_says(steps: list[tuple[o
                     shelf.last += 1
                     entry = shelf.index.enter(Snapshot(shelf.last, info, None, Form.BIND, False, False), on)
                     row = book.row_of(entry.snapshot, entry.parent_number, entry.usage)
-                    book.write(db, [book.Rows(insert=row)])
+                    shelf.write(book.Rows(insert=row))
                 else:
                     getattr(shelf, str(what))(*words)  # as commit(key, name, parent, labels)
             except SnapshotError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -22,18 +22,22 @@ _WRITTEN: Final = (
     " size_bytes, inodes"
 )
 
-# Each of these takes any number of rows as one piece of JSON: one call of SQLite's, and so one wait for the
-# interpreter's lock, for all that a batch of requests changes.
-_DELETE: Final = "DELETE FROM snapshots WHERE number IN (SELECT value FROM json_each(?))"
-_INSERT: Final = (
-    f"INSERT INTO snapshots ({_WRITTEN}) SELECT "
-    + ", ".join(f"json_extract(value, '$[{place}]')" for place in range(_WRITTEN.count(",") + 1))
-    + " FROM json_each(?)"
+# What a batch of requests changes is one statement, each kind of change one piece of JSON: one call of SQLite's, and so
+# one wait for the interpreter's lock, for all of it. It is its own transaction where none was begun.
+# A connection that writes is made ready with `SETUP` first.
+SETUP: Final = (
+    "CREATE TEMP VIEW changes (gone, come, changed) AS SELECT NULL, NULL, NULL",
+    f"""CREATE TEMP TRIGGER make_changes INSTEAD OF INSERT ON changes BEGIN
+        DELETE FROM snapshots WHERE number IN (SELECT value FROM json_each(NEW.gone));
+        INSERT INTO snapshots ({_WRITTEN})
+        SELECT {", ".join(f"json_extract(value, '$[{place}]')" for place in range(_WRITTEN.count(",") + 1))}
+        FROM json_each(NEW.come);
+        UPDATE snapshots SET labels = json_extract(j.value, '$[1]'), reference = json_extract(j.value, '$[2]'),
+            updated_ns = json_extract(j.value, '$[3]')
+        FROM json_each(NEW.changed) j WHERE number = json_extract(j.value, '$[0]');
+    END""",
 )
-_UPDATE: Final = (
-    "UPDATE snapshots SET labels = json_extract(j.value, '$[1]'), reference = json_extract(j.value, '$[2]'),"
-    " updated_ns = json_extract(j.value, '$[3]') FROM json_each(?) j WHERE number = json_extract(j.value, '$[0]')"
-)
+WRITE: Final = "INSERT INTO changes VALUES (?, ?, ?)"
 
 Row = tuple[str | int | None, ...]
 
@@ -47,15 +51,23 @@ class Rows:
     update: Row | None = None
 
 
-def write(db: sqlite3.Connection, changes: list[Rows]) -> None:
-    """Carry out changes that do not depend on each other, but for parents that go after their children."""
-    for statement, rows in (
-        (_DELETE, [one.delete for one in changes if one.delete is not None]),
-        (_INSERT, [one.insert for one in changes if one.insert is not None]),
-        (_UPDATE, [one.update for one in changes if one.update is not None]),
-    ):
-        if rows:
-            db.execute(statement, (json.dumps(rows),))
+def parameters(changes: Iterable[Rows]) -> tuple[str | None, str | None, str | None]:
+    """What `WRITE` takes for changes that do not depend on each other, but for parents that go after their children."""
+    gone: list[int] = []
+    come: list[Row] = []
+    changed: list[Row] = []
+    for rows in changes:
+        if rows.delete is not None:
+            gone.append(rows.delete)
+        if rows.insert is not None:
+            come.append(rows.insert)
+        if rows.update is not None:
+            changed.append(rows.update)
+    return (
+        json.dumps(gone) if gone else None,
+        json.dumps(come) if come else None,
+        json.dumps(changed) if changed else None,
+    )
 
 
 def row_of(snapshot: Snapshot, parent: int | None, usage: Usage) -> Row:

@@ -16,7 +16,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,6 +34,7 @@ _MOST_AT_ONCE = 512
 # So many are enough to begin with, while the event loop still takes in the others.
 _BEGIN_AT = 16
 _RESERVE_EVERY_S = 5.0
+_LOW_EVERY_S = 0.1
 _SYNC_AFTER_S = 0.5
 # The log is moved into the book by the keeper, so often. While changes never stop that does not get to its end, and the
 # writer does it after so many.
@@ -86,6 +87,9 @@ class Desk:
         self._writing: _Batch | None = None
         self._handing_over = False
         self._unmoved = 0
+        self._low = False
+        self._low_next = 0.0
+        self._keeper_told = False
         self._to_writer: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         # None: leave; True: something was written; else a question.
         self._to_keeper: queue.SimpleQueue[_Asked | bool | None] = queue.SimpleQueue()
@@ -93,6 +97,8 @@ class Desk:
         self._next_sync: asyncio.Future[None] | None = None
         writing = Database(path, reserve=reserve, lazily=True)
         try:
+            for statement in book.SETUP:
+                writing.write(statement, (), growing=True)
             reading = Database(path)
         except BaseException:
             writing.close()
@@ -202,7 +208,7 @@ class Desk:
         while (batch := self._to_writer.get()) is not None:
             error: BaseException | None = None
             try:
-                self._write(database, batch.changes)
+                self._write(database, batch)
             except BaseException as caught:
                 error = self._as_told(caught)
             try:
@@ -211,22 +217,40 @@ class Desk:
                 break  # the loop has ended and nobody waits
         database.close()
 
-    def _write(self, database: Database, changes: Sequence[Change]) -> None:
-        making = [change for change in changes if change.upper is not None]
+    def _write(self, database: Database, batch: _Batch) -> None:
+        making = [change for change in batch.changes if change.upper is not None]
         if making:
             errors = self._trees.make([change.upper for change in making if change.upper is not None])
             for change, error in zip(making, errors, strict=True):
                 change.error = error
-        rows = [change.rows for change in changes if change.error is None]
-        growing = all(change.growing for change in changes)
-        if not growing and self._reserve.is_low():
-            self._move(database)  # the log is begun anew then, and takes no more room
-        with database.transaction(growing=growing) as db:
-            book.write(db, rows)
-        self._unmoved += len(rows)
+        parameters = book.parameters(change.rows for change in batch.changes if change.error is None)
+        if all(change.growing for change in batch.changes):
+            database.write(book.WRITE, parameters, growing=True)
+        else:
+            self._write_smaller(database, parameters)
+        self._unmoved += len(batch.changes)
         if self._unmoved > _WRITER_MOVES:
             self._move(database)
-        self._to_keeper.put(True)
+        if not self._keeper_told:
+            self._keeper_told = True
+            self._to_keeper.put(True)
+
+    def _write_smaller(self, database: Database, parameters: tuple[str | None, ...]) -> None:
+        """Write what may have the store's reserve. Whether it is needed is only looked at now and then."""
+        now = time.monotonic()
+        if now >= self._low_next:
+            self._low_next = now + _LOW_EVERY_S
+            self._low = self._reserve.is_low()
+        if not self._low:
+            try:
+                database.write(book.WRITE, parameters, growing=True)
+                return
+            except StoreError:
+                self._low = self._reserve.is_low()
+                if not self._low:
+                    raise
+        self._move(database)  # the log is begun anew then, and takes no more room
+        database.write(book.WRITE, parameters)
 
     def _move(self, database: Database) -> None:
         before = self._unmoved
@@ -268,6 +292,7 @@ class Desk:
         return True
 
     def _make_sure(self, database: Database) -> None:
+        self._keeper_told = False
         try:
             database.sync()
             now = time.monotonic()

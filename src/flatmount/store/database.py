@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -200,15 +200,7 @@ class Database:
 
         On a disk as good as full the reserve is given back first; not for what is `growing`, which would only eat it.
         """
-        if self.newer:
-            raise StoreError(
-                f"the store was written by a newer flatmount (schema {self.schema}, this one knows {SCHEMA})",
-                hint="it can be read but not changed; use the newer flatmount",
-            )
-        if self._only_read is not None:
-            raise StoreError(f"{self.path} can only be read: {self._only_read}", hint=_FREE_SPACE)
-        if not growing:
-            self._give_reserve_if_low()
+        self._check_writable(growing)
         with self._lock, self._told():
             self._connection.execute("BEGIN IMMEDIATE")
             try:
@@ -218,6 +210,12 @@ class Database:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
                 raise
+
+    def write(self, statement: str, parameters: Sequence[str | int | None], *, growing: bool = False) -> None:
+        """Run one statement as a transaction of its own: as `transaction`, with one call to SQLite."""
+        self._check_writable(growing)
+        with self._lock, self._told():
+            self._connection.execute(statement, parameters)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -282,6 +280,17 @@ class Database:
         except StoreError:
             return ()
         return tuple(number for number in numbers if number not in known)
+
+    def _check_writable(self, growing: bool) -> None:
+        if self.newer:
+            raise StoreError(
+                f"the store was written by a newer flatmount (schema {self.schema}, this one knows {SCHEMA})",
+                hint="it can be read but not changed; use the newer flatmount",
+            )
+        if self._only_read is not None:
+            raise StoreError(f"{self.path} can only be read: {self._only_read}", hint=_FREE_SPACE)
+        if not growing:
+            self._give_reserve_if_low()
 
     @contextmanager
     def _told(self) -> Iterator[None]:
