@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
+from collections.abc import Mapping as Labels
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -39,7 +40,11 @@ SETUP: Final = (
 )
 WRITE: Final = "INSERT INTO changes VALUES (?, ?, ?)"
 
-Row = tuple[str | int | None, ...]
+# Labels are an object within, of which SQLite keeps the text.
+Row = tuple[str | int | Labels[str, str] | None, ...]
+
+
+_json = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
 
 
 @dataclass(slots=True)
@@ -64,9 +69,9 @@ def parameters(changes: Iterable[Rows]) -> tuple[str | None, str | None, str | N
         if rows.update is not None:
             changed.append(rows.update)
     return (
-        json.dumps(gone) if gone else None,
-        json.dumps(come) if come else None,
-        json.dumps(changed) if changed else None,
+        _json(gone) if gone else None,
+        _json(come) if come else None,
+        _json(changed) if changed else None,
     )
 
 
@@ -80,7 +85,7 @@ def row_of(snapshot: Snapshot, parent: int | None, usage: Usage) -> Row:
         parent,
         info.created_ns,
         info.updated_ns,
-        json.dumps(info.labels),
+        info.labels,
         info.labels.get(REF_LABEL),
         None if mapping is None else _ranges(mapping.uids),
         None if mapping is None else _ranges(mapping.gids),
@@ -100,7 +105,7 @@ def _ranges(ranges: tuple[IdRange, ...]) -> str:
 def labels_row(snapshot: Snapshot) -> Row:
     """The row that changes a snapshot's labels to those it has."""
     info = snapshot.info
-    return (snapshot.number, json.dumps(info.labels), info.labels.get(REF_LABEL), info.updated_ns)
+    return (snapshot.number, info.labels, info.labels.get(REF_LABEL), info.updated_ns)
 
 
 def next_numbers(db: sqlite3.Connection, count: int) -> range:
