@@ -20,6 +20,10 @@
 #define CLIENT_WINDOW (16 << 20)
 #define FRAME_HEAD 5
 #define MOST_TOLD 4096
+#define LOOK_MS 50 /* how exactly deadlines are kept */
+
+const uint64_t fm_bounds_ns[FM_BOUNDS] = {1000000,   2500000,   5000000,    10000000,	25000000,   50000000,  100000000,
+					  250000000, 500000000, 1000000000, 2500000000, 5000000000, 10000000000};
 
 struct stream {
 	struct stream *next, **place; /* among its client's */
@@ -29,7 +33,7 @@ struct stream {
 	bool answered, finished;
 	bool waits; /* its data source has nothing more for now */
 	bool grpc, post;
-	uint64_t deadline_ns;
+	uint64_t deadline_ns, begun_ns;
 	unsigned char *body;
 	size_t body_bytes, room;
 	struct fm_reply *first, *last; /* messages still to be sent */
@@ -53,8 +57,9 @@ struct client {
 struct fm_front {
 	pthread_t thread;
 	int listening, epoll, wake, ready;
-	char **paths;
+	struct fm_path *paths;
 	size_t path_count, most_bytes;
+	uint64_t most_ns, look_ns; /* when deadlines were last looked at */
 	nghttp2_session_callbacks *callbacks;
 	struct client *clients[MOST_CLIENTS];
 	uint32_t generation;
@@ -66,6 +71,8 @@ struct fm_front {
 	pthread_mutex_t lock; /* guards what follows */
 	struct fm_request *first, *last;
 	struct fm_reply *reply_first, *reply_last;
+	struct fm_counts *counts;
+	size_t running;
 	bool ready_told, woken, stopping;
 	int grace_ms;
 };
@@ -147,6 +154,9 @@ static int hand_over(struct client *client, struct stream *stream, int method)
 		request->body_bytes = stream->body_bytes;
 		stream->body = NULL;
 		stream->asked = true;
+		pthread_mutex_lock(&front->lock);
+		front->running++;
+		pthread_mutex_unlock(&front->lock);
 	}
 	if (front->new_last)
 		front->new_last->next = request;
@@ -247,12 +257,42 @@ static int answer(struct client *client, struct stream *stream)
 	return nghttp2_submit_response(client->session, stream->id, fields, 2 + more, NULL);
 }
 
-static int refuse(struct client *client, struct stream *stream, int status, const char *why)
+/* A call has come to its end: nothing more is taken for it. */
+static void finish(struct fm_front *front, struct stream *stream, int status)
 {
+	uint64_t spent_ns = fm_now_ns() - stream->begun_ns;
+	size_t place = 0;
+
 	stream->finished = true;
 	stream->status = status;
+	pthread_mutex_lock(&front->lock);
+	front->running -= stream->asked;
+	if (stream->method >= 0) {
+		struct fm_counts *counts = &front->counts[stream->method];
+
+		while (place < FM_BOUNDS && spent_ns > fm_bounds_ns[place])
+			place++;
+		counts->by_code[status >= 0 && status < FM_CODES ? status : 2]++;
+		counts->within[place]++;
+		counts->spent_ns += spent_ns;
+	}
+	pthread_mutex_unlock(&front->lock);
+}
+
+static int refuse(struct client *client, struct stream *stream, int status, const char *why)
+{
+	finish(client->front, stream, status);
 	stream->told = strdup(why);
 	return answer(client, stream);
+}
+
+static void mark_dirty(struct fm_front *front, struct client *client)
+{
+	if (client->dirty)
+		return;
+	client->dirty = true;
+	client->next_dirty = front->dirty;
+	front->dirty = client;
 }
 
 static void take_reply(struct fm_front *front, struct fm_reply *reply)
@@ -267,8 +307,7 @@ static void take_reply(struct fm_front *front, struct fm_reply *reply)
 		return;
 	}
 	if (reply->ends) {
-		stream->finished = true;
-		stream->status = reply->status;
+		finish(front, stream, reply->status);
 		stream->told = reply->told;
 		reply->told = NULL;
 	}
@@ -282,11 +321,7 @@ static void take_reply(struct fm_front *front, struct fm_reply *reply)
 	} else {
 		free_reply(reply);
 	}
-	if (!client->dirty) {
-		client->dirty = true;
-		client->next_dirty = front->dirty;
-		front->dirty = client;
-	}
+	mark_dirty(front, client);
 	answer(client, stream);
 }
 
@@ -303,6 +338,7 @@ static int on_begin(nghttp2_session *session, const nghttp2_frame *frame, void *
 		return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
 	stream->id = frame->hd.stream_id;
 	stream->method = -1;
+	stream->begun_ns = fm_now_ns();
 	if (nghttp2_session_set_stream_user_data(session, stream->id, stream)) {
 		free(stream);
 		return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
@@ -356,7 +392,7 @@ static int on_header(nghttp2_session *session, const nghttp2_frame *frame, const
 		return 0;
 	if (is(name, name_bytes, ":path")) {
 		for (size_t i = 0; i < client->front->path_count; i++)
-			if (is(value, bytes, client->front->paths[i]))
+			if (is(value, bytes, client->front->paths[i].text))
 				stream->method = (int)i;
 	} else if (is(name, name_bytes, ":method")) {
 		stream->post = is(value, bytes, "POST");
@@ -398,7 +434,9 @@ static int whole_request(struct client *client, struct stream *stream)
 	if (!stream->post || !stream->grpc) {
 		static const nghttp2_nv fields[] = {CONSTANT(":status", "415")};
 
-		stream->answered = stream->finished = true;
+		stream->method = -1;
+		stream->answered = true;
+		finish(client->front, stream, FM_UNIMPLEMENTED);
 		return nghttp2_submit_response(client->session, stream->id, fields, 1, NULL);
 	}
 	if (stream->method < 0)
@@ -409,6 +447,12 @@ static int whole_request(struct client *client, struct stream *stream)
 	    ((size_t)body[1] << 24 | (size_t)body[2] << 16 | (size_t)body[3] << 8 | body[4]) !=
 		    stream->body_bytes - FRAME_HEAD)
 		return refuse(client, stream, FM_INTERNAL, "a request is one message, and this is not");
+	const struct fm_front *front = client->front;
+
+	if (front->paths[stream->method].endless)
+		stream->deadline_ns = 0;
+	else if (front->most_ns && (!stream->deadline_ns || stream->deadline_ns > stream->begun_ns + front->most_ns))
+		stream->deadline_ns = stream->begun_ns + front->most_ns;
 	if (hand_over(client, stream, stream->method))
 		return refuse(client, stream, FM_RESOURCE_EXHAUSTED, "the service is out of memory");
 	return 0;
@@ -426,8 +470,10 @@ static int on_frame(nghttp2_session *session, const nghttp2_frame *frame, void *
 
 static void end_stream(struct client *client, struct stream *stream)
 {
-	if (stream->asked && !stream->finished)
+	if (stream->asked && !stream->finished) {
 		hand_over(client, stream, FM_GONE);
+		finish(client->front, stream, FM_CANCELLED);
+	}
 	free_stream(stream);
 }
 
@@ -573,6 +619,18 @@ static void tell_ready(struct fm_front *front)
 		eventfd_write(front->ready, 1);
 }
 
+static void send_dirty(struct fm_front *front)
+{
+	while (front->dirty) {
+		struct client *client = front->dirty;
+
+		front->dirty = client->next_dirty;
+		client->dirty = false;
+		if (send_to(client))
+			drop_client(client);
+	}
+}
+
 static void take_replies(struct fm_front *front)
 {
 	pthread_mutex_lock(&front->lock);
@@ -586,13 +644,33 @@ static void take_replies(struct fm_front *front)
 		take_reply(front, reply);
 		reply = next;
 	}
-	while (front->dirty) {
-		struct client *client = front->dirty;
+	send_dirty(front);
+}
 
-		front->dirty = client->next_dirty;
-		client->dirty = false;
-		if (send_to(client))
-			drop_client(client);
+/* Tell those whose time is up. What they asked for goes on. */
+static void look_at_deadlines(struct fm_front *front)
+{
+	uint64_t now_ns = fm_now_ns();
+
+	if (!front->most_ns || now_ns - front->look_ns < LOOK_MS * 1000000u)
+		return;
+	front->look_ns = now_ns;
+	for (size_t i = 0; i < MOST_CLIENTS; i++) {
+		struct client *client = front->clients[i];
+
+		for (struct stream *stream = client ? client->streams : NULL; stream; stream = stream->next) {
+			char told[256];
+
+			if (!stream->asked || stream->finished || !stream->deadline_ns || stream->deadline_ns > now_ns)
+				continue;
+			const char *path = front->paths[stream->method].text, *name = strrchr(path, '/');
+
+			snprintf(told, sizeof(told),
+				 "%s has taken %.1f s; it goes on; see whether the store's disk answers",
+				 name ? name + 1 : path, (double)(now_ns - stream->begun_ns) / 1e9);
+			refuse(client, stream, FM_DEADLINE_EXCEEDED, told);
+			mark_dirty(front, client);
+		}
 	}
 }
 
@@ -627,7 +705,7 @@ static void *serve(void *argument)
 	struct epoll_event events[64];
 
 	for (;;) {
-		int count = epoll_wait(front->epoll, events, 64, -1);
+		int count = epoll_wait(front->epoll, events, 64, front->most_ns && fm_front_running(front) ? LOOK_MS : -1);
 		bool woken = false;
 
 		for (int i = 0; i < count; i++) {
@@ -644,6 +722,8 @@ static void *serve(void *argument)
 					drop_client(client);
 			}
 		}
+		look_at_deadlines(front);
+		send_dirty(front);
 		tell_ready(front);
 		if (!woken)
 			continue;
@@ -668,8 +748,9 @@ static void *serve(void *argument)
 static void let_go(struct fm_front *front)
 {
 	for (size_t i = 0; i < front->path_count; i++)
-		free(front->paths[i]);
+		free(front->paths[i].text);
 	free(front->paths);
+	free(front->counts);
 	free(front->read_buffer);
 	if (front->callbacks)
 		nghttp2_session_callbacks_del(front->callbacks);
@@ -682,15 +763,20 @@ static void let_go(struct fm_front *front)
 	free(front);
 }
 
-static int prepare(struct fm_front *front, char *const *paths, size_t count)
+static int prepare(struct fm_front *front, const struct fm_path *paths, size_t count)
 {
-	front->paths = calloc(count, sizeof(*front->paths));
+	front->paths = calloc(count + 1, sizeof(*front->paths));
+	front->counts = calloc(count + 1, sizeof(*front->counts));
 	front->read_buffer = malloc(READ_BYTES);
-	if (!front->paths || !front->read_buffer || nghttp2_session_callbacks_new(&front->callbacks))
+	if (!front->paths || !front->counts || !front->read_buffer || nghttp2_session_callbacks_new(&front->callbacks))
 		return -1;
-	for (; front->path_count < count; front->path_count++)
-		if (!(front->paths[front->path_count] = strdup(paths[front->path_count])))
+	for (; front->path_count < count; front->path_count++) {
+		struct fm_path *path = &front->paths[front->path_count];
+
+		path->endless = paths[front->path_count].endless;
+		if (!(path->text = strdup(paths[front->path_count].text)))
 			return -1;
+	}
 	nghttp2_session_callbacks_set_on_begin_headers_callback(front->callbacks, on_begin);
 	nghttp2_session_callbacks_set_on_header_callback(front->callbacks, on_header);
 	nghttp2_session_callbacks_set_on_data_chunk_recv_callback(front->callbacks, on_data);
@@ -711,7 +797,8 @@ static int prepare(struct fm_front *front, char *const *paths, size_t count)
 	return 0;
 }
 
-struct fm_front *fm_front_start(int listening, char *const *paths, size_t count, size_t most_bytes)
+struct fm_front *fm_front_start(int listening, const struct fm_path *paths, size_t count, size_t most_bytes,
+				uint64_t most_ns)
 {
 	struct fm_front *front = calloc(1, sizeof(*front));
 
@@ -720,6 +807,7 @@ struct fm_front *fm_front_start(int listening, char *const *paths, size_t count,
 	front->listening = listening;
 	front->epoll = front->wake = front->ready = -1;
 	front->most_bytes = most_bytes;
+	front->most_ns = most_ns;
 	pthread_mutex_init(&front->lock, NULL);
 	errno = ENOMEM;
 	int error = prepare(front, paths, count) ? errno : pthread_create(&front->thread, NULL, serve, front);
@@ -735,6 +823,22 @@ struct fm_front *fm_front_start(int listening, char *const *paths, size_t count,
 int fm_front_ready(const struct fm_front *front)
 {
 	return front->ready;
+}
+
+struct fm_counts fm_front_counts(struct fm_front *front, size_t place)
+{
+	pthread_mutex_lock(&front->lock);
+	struct fm_counts counts = front->counts[place];
+	pthread_mutex_unlock(&front->lock);
+	return counts;
+}
+
+size_t fm_front_running(struct fm_front *front)
+{
+	pthread_mutex_lock(&front->lock);
+	size_t running = front->running;
+	pthread_mutex_unlock(&front->lock);
+	return running;
 }
 
 struct fm_request *fm_front_take(struct fm_front *front)

@@ -15,7 +15,7 @@
 #define FM_GONE (-1)
 
 /* Status codes that the front itself answers with. */
-enum { FM_OK = 0, FM_RESOURCE_EXHAUSTED = 8, FM_UNIMPLEMENTED = 12, FM_INTERNAL = 13 };
+enum { FM_OK = 0, FM_CANCELLED = 1, FM_DEADLINE_EXCEEDED = 4, FM_RESOURCE_EXHAUSTED = 8, FM_UNIMPLEMENTED = 12, FM_INTERNAL = 13 };
 
 /* What a client asks for: `method` is the place of its path among the front's, or FM_GONE for a call whose client has
  * left before it was answered. */
@@ -39,11 +39,50 @@ struct fm_reply {
 	unsigned char frame[]; /* five bytes and the message */
 };
 
+/* A field of a message: a string, or a map from strings to strings. */
+struct fm_field {
+	uint64_t number;
+	bool is_map;
+};
+
+struct fm_text {
+	const char *at;
+	size_t bytes;
+};
+
+/* Tell `found` of each of `fields` that a message has, in its order: the last of a string counts, and all of a map, of
+ * which `first` is the key. Returns false where the message is none, or `found` does. */
+bool fm_read_fields(const unsigned char *message, size_t bytes, const struct fm_field *fields, size_t count,
+		    bool (*found)(void *user, size_t place, struct fm_text first, struct fm_text second), void *user);
+
+/* What was answered on one path. `within[i]` took at most fm_bounds_ns[i], the last of them any time. */
+#define FM_CODES 17
+#define FM_BOUNDS 13
+
+extern const uint64_t fm_bounds_ns[FM_BOUNDS];
+
+struct fm_counts {
+	uint64_t by_code[FM_CODES];
+	uint64_t within[FM_BOUNDS + 1];
+	uint64_t spent_ns;
+};
+
+struct fm_path {
+	char *text;
+	bool endless; /* no time is too long for it */
+};
+
 struct fm_front;
 
-/* Begin to serve on `listening`, which is the front's from now on unless this fails. `paths` are copied. Returns NULL
- * with errno. */
-struct fm_front *fm_front_start(int listening, char *const *paths, size_t count, size_t most_bytes);
+/* Begin to serve on `listening`, which is the front's from now on unless this fails. `paths` are copied. A call that is
+ * not answered after `most_ns`, or its client's own time if that is less, is told so by the front; 0: by nobody. Returns
+ * NULL with errno. */
+struct fm_front *fm_front_start(int listening, const struct fm_path *paths, size_t count, size_t most_bytes,
+				uint64_t most_ns);
+/* What was answered until now on the path at `place`. */
+struct fm_counts fm_front_counts(struct fm_front *front, size_t place);
+/* How many calls somebody works on, and nobody has been told the end of. */
+size_t fm_front_running(struct fm_front *front);
 /* A descriptor that is readable while there are requests. Stays the front's. */
 int fm_front_ready(const struct fm_front *front);
 /* All requests there are, oldest first; the caller frees each with fm_request_free. */

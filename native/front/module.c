@@ -8,47 +8,96 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Which fields of a path's messages are wanted; without any the message itself is. */
+struct shape {
+	struct fm_field *fields;
+	size_t count;
+};
+
 typedef struct {
 	PyObject_HEAD
 	struct fm_front *front;
+	struct shape *shapes; /* for each path */
+	size_t paths;
 	/* What was answered since the last flush. */
 	struct fm_reply *first, *last;
 } Front;
 
+static void free_shapes(struct shape *shapes, size_t count)
+{
+	for (size_t i = 0; shapes && i < count; i++)
+		free(shapes[i].fields);
+	free(shapes);
+}
+
+/* As "1s 4m": the numbers of strings and of maps. */
+static bool read_shape(const char *text, struct shape *shape)
+{
+	shape->fields = calloc(strlen(text) / 2 + 1, sizeof(*shape->fields));
+	if (!shape->fields)
+		return !PyErr_NoMemory();
+	while (*text) {
+		char *end;
+		struct fm_field field = {.number = strtoull(text, &end, 10)};
+
+		if (end == text || !field.number || (*end != 's' && *end != 'm')) {
+			PyErr_Format(PyExc_ValueError, "%s is no list of fields", text);
+			return false;
+		}
+		field.is_map = *end++ == 'm';
+		shape->fields[shape->count++] = field;
+		text = end + (*end == ' ');
+	}
+	return true;
+}
+
+/* A path is its text, its fields (None: the whole message), and whether it may take any time. */
+static bool read_path(PyObject *item, struct fm_path *path, struct shape *shape)
+{
+	const char *text, *fields;
+	int endless;
+
+	if (!PyArg_ParseTuple(item, "szp:Front", &text, &fields, &endless))
+		return false;
+	*path = (struct fm_path){(char *)text, endless}; /* lives as long as the tuple */
+	return !fields || read_shape(fields, shape);
+}
+
 static PyObject *new_front(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-	static char *names[] = {"listening", "paths", "most_bytes", NULL};
+	static char *names[] = {"listening", "paths", "most_bytes", "most_s", NULL};
 	int listening;
 	PyObject *paths;
 	Py_ssize_t most_bytes;
+	double most_s = 0;
 
-	if (!PyArg_ParseTupleAndKeywords(args, keywords, "iO!n:Front", names, &listening, &PyTuple_Type, &paths,
-					 &most_bytes))
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "iO!n|d:Front", names, &listening, &PyTuple_Type, &paths,
+					 &most_bytes, &most_s))
 		return NULL;
-	Py_ssize_t count = PyTuple_Size(paths), got = 0;
-	char **texts = calloc((size_t)count + 1, sizeof(*texts));
-
-	if (!texts)
-		return PyErr_NoMemory();
-	for (; got < count; got++) {
-		const char *text = PyUnicode_AsUTF8AndSize(PyTuple_GetItem(paths, got), NULL);
-
-		if (!text || !(texts[got] = strdup(text)))
-			break;
-	}
+	size_t count = (size_t)PyTuple_Size(paths), got = 0;
+	struct fm_path *texts = calloc(count + 1, sizeof(*texts));
+	struct shape *shapes = calloc(count + 1, sizeof(*shapes));
 	allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-	Front *self = got == count ? (Front *)allocate(type, 0) : NULL;
+	Front *self = NULL;
 
-	if (self && !(self->front = fm_front_start(listening, texts, (size_t)count, (size_t)most_bytes))) {
-		PyErr_SetFromErrno(PyExc_OSError);
-		Py_DECREF(self);
-		self = NULL;
-	} else if (!self && !PyErr_Occurred()) {
+	if (!texts || !shapes)
 		PyErr_NoMemory();
+	else
+		while (got < count && read_path(PyTuple_GetItem(paths, (Py_ssize_t)got), &texts[got], &shapes[got]))
+			got++;
+	if (!PyErr_Occurred() && (self = (Front *)allocate(type, 0))) {
+		self->shapes = shapes;
+		self->paths = count;
+		shapes = NULL;
+		self->front = fm_front_start(listening, texts, count, (size_t)most_bytes, (uint64_t)(most_s * 1e9));
+		if (!self->front) {
+			PyErr_SetFromErrno(PyExc_OSError);
+			Py_DECREF(self);
+			self = NULL;
+		}
 	}
-	for (Py_ssize_t i = 0; i < got; i++)
-		free(texts[i]);
 	free(texts);
+	free_shapes(shapes, count);
 	return (PyObject *)self;
 }
 
@@ -66,15 +115,86 @@ static PyObject *front_fileno(PyObject *object, PyObject *ignored)
 	return is_open(self) ? PyLong_FromLong(fm_front_ready(self->front)) : NULL;
 }
 
-static PyObject *entry_of(const struct fm_request *request, uint64_t now_ns)
+/* Put one field into the tuple of them. Returns false with an exception set, or for what is no text. */
+static bool take_field(void *user, size_t place, struct fm_text first, struct fm_text second)
+{
+	PyObject *values = user, *known = PyTuple_GetItem(values, (Py_ssize_t)place);
+	PyObject *text = PyUnicode_DecodeUTF8(first.at, (Py_ssize_t)first.bytes, NULL);
+
+	if (!text)
+		return false;
+	if (!PyDict_Check(known))
+		return PyTuple_SetItem(values, (Py_ssize_t)place, text) == 0;
+	PyObject *value = PyUnicode_DecodeUTF8(second.at, (Py_ssize_t)second.bytes, NULL);
+	bool done = value && PyDict_SetItem(known, text, value) == 0;
+
+	Py_XDECREF(value);
+	Py_DECREF(text);
+	return done;
+}
+
+/* The wanted fields of a message as a tuple; NULL without an exception where it cannot be read. */
+static PyObject *fields_of(const unsigned char *message, size_t bytes, const struct shape *shape)
+{
+	PyObject *values = PyTuple_New((Py_ssize_t)shape->count);
+
+	for (size_t i = 0; values && i < shape->count; i++) {
+		PyObject *empty = shape->fields[i].is_map ? PyDict_New() : PyUnicode_FromStringAndSize("", 0);
+
+		if (!empty || PyTuple_SetItem(values, (Py_ssize_t)i, empty) < 0)
+			Py_CLEAR(values);
+	}
+	if (values && !fm_read_fields(message, bytes, shape->fields, shape->count, take_field, values)) {
+		Py_CLEAR(values);
+		if (PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_UnicodeDecodeError))
+			PyErr_Clear();
+	}
+	return values;
+}
+
+static PyObject *message_of(Front *self, const struct fm_request *request)
+{
+	const unsigned char *message = request->body_bytes ? request->body + 5 : (const unsigned char *)"";
+	size_t bytes = request->body_bytes ? request->body_bytes - 5 : 0;
+
+	if (request->method >= 0 && self->shapes[request->method].fields)
+		return fields_of(message, bytes, &self->shapes[request->method]);
+	return PyBytes_FromStringAndSize((const char *)message, (Py_ssize_t)bytes);
+}
+
+static PyObject *add(Front *self, struct fm_reply *reply);
+
+/* Answered here: nobody behind could make more of it. */
+static bool refuse_unreadable(Front *self, uint64_t call)
+{
+	struct fm_reply *reply = fm_reply_new(call, NULL, 0);
+
+	if (reply) {
+		reply->ends = true;
+		reply->status = FM_INTERNAL;
+		reply->told = strdup("the request cannot be read");
+	}
+	PyObject *added = add(self, reply);
+
+	Py_XDECREF(added);
+	return added != NULL;
+}
+
+/* Append what Python is told of a request. */
+static bool append_entry(Front *self, PyObject *found, const struct fm_request *request, uint64_t now_ns)
 {
 	double left_s = -1;
+	PyObject *message = message_of(self, request);
 
+	if (!message)
+		return !PyErr_Occurred() && refuse_unreadable(self, request->call);
 	if (request->deadline_ns)
 		left_s = request->deadline_ns > now_ns ? (double)(request->deadline_ns - now_ns) / 1e9 : 0;
-	return Py_BuildValue("Kidy#", (unsigned long long)request->call, request->method, left_s,
-			     request->body_bytes ? (const char *)request->body + 5 : "",
-			     request->body_bytes ? (Py_ssize_t)request->body_bytes - 5 : (Py_ssize_t)0);
+	PyObject *entry = Py_BuildValue("KidN", (unsigned long long)request->call, request->method, left_s, message);
+	bool done = entry && PyList_Append(found, entry) == 0;
+
+	Py_XDECREF(entry);
+	return done;
 }
 
 static PyObject *front_take(PyObject *object, PyObject *ignored)
@@ -89,11 +209,9 @@ static PyObject *front_take(PyObject *object, PyObject *ignored)
 
 	while (request) {
 		struct fm_request *next = request->next;
-		PyObject *entry = found ? entry_of(request, now_ns) : NULL;
 
-		if (!entry || PyList_Append(found, entry) < 0)
+		if (found && !append_entry(self, found, request, now_ns))
 			Py_CLEAR(found);
-		Py_XDECREF(entry);
 		fm_request_free(request);
 		request = next;
 	}
@@ -162,6 +280,43 @@ static PyObject *front_flush(PyObject *object, PyObject *ignored)
 	Py_RETURN_NONE;
 }
 
+static PyObject *numbers_of(const uint64_t *values, size_t count)
+{
+	PyObject *tuple = PyTuple_New((Py_ssize_t)count);
+
+	for (size_t i = 0; tuple && i < count; i++) {
+		PyObject *value = PyLong_FromUnsignedLongLong(values[i]);
+
+		if (!value || PyTuple_SetItem(tuple, (Py_ssize_t)i, value) < 0)
+			Py_CLEAR(tuple);
+	}
+	return tuple;
+}
+
+static PyObject *front_counts(PyObject *object, PyObject *args)
+{
+	Front *self = (Front *)object;
+	Py_ssize_t place;
+
+	if (!PyArg_ParseTuple(args, "n:counts", &place) || !is_open(self))
+		return NULL;
+	if (place < 0 || (size_t)place >= self->paths) {
+		PyErr_SetString(PyExc_IndexError, "there is no such path");
+		return NULL;
+	}
+	struct fm_counts counts = fm_front_counts(self->front, (size_t)place);
+
+	return Py_BuildValue("NNd", numbers_of(counts.by_code, FM_CODES), numbers_of(counts.within, FM_BOUNDS + 1),
+			     (double)counts.spent_ns / 1e9);
+}
+
+static PyObject *front_running(PyObject *object, PyObject *ignored)
+{
+	Front *self = (Front *)object;
+
+	return is_open(self) ? PyLong_FromSize_t(fm_front_running(self->front)) : NULL;
+}
+
 static void stop(Front *self, int grace_ms)
 {
 	struct fm_front *front = self->front;
@@ -193,6 +348,7 @@ static void dealloc(PyObject *object)
 	freefunc release = (freefunc)PyType_GetSlot(type, Py_tp_free);
 
 	stop((Front *)object, 0);
+	free_shapes(((Front *)object)->shapes, ((Front *)object)->paths);
 	release(object);
 	Py_DECREF(type);
 }
@@ -201,6 +357,7 @@ static PyMethodDef methods[] = {
 	{"fileno", front_fileno, METH_NOARGS, NULL}, {"take", front_take, METH_NOARGS, NULL},
 	{"send", front_send, METH_VARARGS, NULL},    {"end", front_end, METH_VARARGS, NULL},
 	{"flush", front_flush, METH_NOARGS, NULL},   {"close", front_close, METH_VARARGS, NULL},
+	{"counts", front_counts, METH_VARARGS, NULL}, {"running", front_running, METH_NOARGS, NULL},
 	{NULL, NULL, 0, NULL},
 };
 
