@@ -34,8 +34,10 @@ static void free_shapes(struct shape *shapes, size_t count)
 static bool read_shape(const char *text, struct shape *shape)
 {
 	shape->fields = calloc(strlen(text) / 2 + 1, sizeof(*shape->fields));
-	if (!shape->fields)
-		return !PyErr_NoMemory();
+	if (!shape->fields) {
+		PyErr_NoMemory();
+		return false;
+	}
 	while (*text) {
 		char *end;
 		struct fm_field field = {.number = strtoull(text, &end, 10)};
@@ -51,13 +53,17 @@ static bool read_shape(const char *text, struct shape *shape)
 	return true;
 }
 
-/* A path is its text, its fields (None: the whole message), and whether it may take any time. */
+/* A path is its text alone, or with its fields (None: the whole message), and whether it may take any time. */
 static bool read_path(PyObject *item, struct fm_path *path, struct shape *shape)
 {
-	const char *text, *fields;
-	int endless;
+	const char *text, *fields = NULL;
+	int endless = 0;
 
-	if (!PyArg_ParseTuple(item, "szp:Front", &text, &fields, &endless))
+	if (PyUnicode_Check(item))
+		text = PyUnicode_AsUTF8AndSize(item, NULL);
+	else if (!PyArg_ParseTuple(item, "szp:Front", &text, &fields, &endless))
+		return false;
+	if (!text)
 		return false;
 	*path = (struct fm_path){(char *)text, endless}; /* lives as long as the tuple */
 	return !fields || read_shape(fields, shape);
@@ -377,6 +383,18 @@ static int add_type(PyObject *module)
 	int failed = type ? PyModule_AddObjectRef(module, "Front", type) : -1;
 
 	Py_XDECREF(type);
+	if (failed)
+		return -1;
+	PyObject *bounds = PyTuple_New(FM_BOUNDS);
+
+	for (Py_ssize_t i = 0; bounds && i < FM_BOUNDS; i++) {
+		PyObject *value = PyFloat_FromDouble((double)fm_bounds_ns[i] / 1e9);
+
+		if (!value || PyTuple_SetItem(bounds, i, value) < 0)
+			Py_CLEAR(bounds);
+	}
+	failed = bounds ? PyModule_AddObjectRef(module, "BOUNDS_S", bounds) : -1;
+	Py_XDECREF(bounds);
 	return failed;
 }
 

@@ -401,7 +401,6 @@ def test_systemds_own_activation_and_watchdog(tmp_path: Path) -> None:
 
 def test_a_call_that_takes_too_long_is_told_so_and_goes_on(tmp_path: Path) -> None:
     """The wire's own part, with a disk that does not answer in place of a store."""
-    from flatmount.snapshotter.metrics import Metrics
     from flatmount.snapshotter.service import Service
 
     class Stuck:
@@ -417,7 +416,7 @@ def test_a_call_that_takes_too_long_is_told_so_and_goes_on(tmp_path: Path) -> No
     stuck = Stuck()
 
     async def body() -> None:
-        service = Service(stuck, Metrics(), 0.2)  # type: ignore[arg-type]
+        service = Service(stuck, 0.2)  # type: ignore[arg-type]
         listening = socket.socket(socket.AF_UNIX)
         listening.bind(str(tmp_path / "s"))
         listening.listen()

@@ -1,19 +1,30 @@
 """A gRPC server on a unix socket that hands whole calls over, many at a time (native/front)."""
 
+from typing import Any
+
 class Front:
     """Serves `listening`, a listening stream socket that is its own from now on, on a thread of its own.
 
-    `paths` are the calls there are; others are answered with UNIMPLEMENTED, and a request longer than `most_bytes` with
-    RESOURCE_EXHAUSTED. Belongs to one thread. Raises OSError where the thread cannot be made.
+    `paths` are the calls there are: each a path alone, or (path, fields, endless). Of a message with `fields`, as in
+    "1s 4m", only those are read: strings by number, and maps from strings to strings. A call that is not `endless` is
+    told DEADLINE_EXCEEDED after `most_s` seconds (0: never), or its client's own time if that is less, to within 50 ms.
+    What is no such call is answered with UNIMPLEMENTED, a request longer than `most_bytes` with RESOURCE_EXHAUSTED, and
+    one that cannot be read with INTERNAL. Belongs to one thread. Raises OSError where its own cannot be made.
     """
 
-    def __new__(cls, listening: int, paths: tuple[str, ...], most_bytes: int) -> Front: ...
+    def __new__(
+        cls,
+        listening: int,
+        paths: tuple[str | tuple[str, str | None, bool], ...],
+        most_bytes: int,
+        most_s: float = 0,
+    ) -> Front: ...
     def fileno(self) -> int:
         """A descriptor that is readable while there is something to take. Stays the front's."""
 
-    def take(self) -> list[tuple[int, int, float, bytes]]:
-        """What came since: call, the place of its path, seconds that its client gives it (negative: it does not say)
-        and its message. A path of -1 says that the client of that call has left. Never waits."""
+    def take(self) -> list[tuple[int, int, float, Any]]:
+        """What came since: call, the place of its path, seconds that it has (negative: any number) and its message, or
+        the tuple of its fields. A path of -1 says that the client of that call has left. Never waits."""
 
     def send(self, call: int, message: bytes, ends: bool) -> None:
         """Answer a call with a message, and with OK where that `ends` it. A call that has ended is no error."""
@@ -24,5 +35,13 @@ class Front:
     def flush(self) -> None:
         """Send what was answered since the last flush."""
 
+    def running(self) -> int:
+        """How many calls were handed over whose clients have not been told the end of."""
+
+    def counts(self, place: int) -> tuple[tuple[int, ...], tuple[int, ...], float]:
+        """What was answered on a path: by status code, by how long it took (BOUNDS_S, and longer), all seconds."""
+
     def close(self, grace_ms: int) -> None:
         """Take no more clients, send what was answered to whoever reads it for so long, and let everybody go."""
+
+BOUNDS_S: tuple[float, ...]

@@ -23,8 +23,9 @@ from flatmount.errors import FlatmountError, MissingFeature, UsageError
 from flatmount.kernel.probes import probe
 from flatmount.plan.facts import HostFacts
 from flatmount.rootfs.workplace import ensure_run_directory
+from flatmount.snapshotter._front import BOUNDS_S
 from flatmount.snapshotter.activation import inherited_socket, notify, watchdog_s
-from flatmount.snapshotter.metrics import Metrics
+from flatmount.snapshotter.metrics import exposition
 from flatmount.snapshotter.model import Form
 from flatmount.snapshotter.service import Service
 from flatmount.snapshotter.snapshots import HELPER, Snapshots
@@ -107,12 +108,11 @@ async def _serve(place: Place, settings: Snapshotter) -> int:
         form, reason = chosen_form(settings.form, facts, shutil.which("mount.fuse3", path=_helper_path()))
         snapshots = Snapshots(disk, place.run, facts, form)
         await snapshots.start()
-        metrics = Metrics()
-        service = Service(snapshots, metrics, settings.deadline_s)
+        service = Service(snapshots, settings.deadline_s)
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(_serving(service, place.socket))
             if settings.metrics:
-                await stack.enter_async_context(await _metrics_server(settings.metrics, metrics, snapshots))
+                await stack.enter_async_context(await _metrics_server(settings.metrics, service, snapshots))
             tending = asyncio.create_task(_tend(service, snapshots))
             stack.callback(tending.cancel)
             # What there is now stays; looking through it for garbage again and again would make calls wait.
@@ -187,8 +187,8 @@ async def _serving(service: Service, path: str) -> AsyncIterator[None]:
 def _own_socket(path: str) -> socket.socket:
     _clear_socket(path)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
-    mask = os.umask(0o177)
     try:
+        os.fchmod(listening.fileno(), 0o600)  # what the file that bind(2) makes has; a umask would be every thread's
         listening.bind(path)
         listening.listen(_BACKLOG)
     except OSError as error:
@@ -196,8 +196,6 @@ def _own_socket(path: str) -> socket.socket:
         raise FlatmountError(
             f"cannot listen on {path}: {error.strerror or error}", hint="is its directory there, and writable?"
         ) from error
-    finally:
-        os.umask(mask)
     return listening
 
 
@@ -236,7 +234,7 @@ async def _tend(service: Service, snapshots: Snapshots) -> None:
         await asyncio.sleep(every_s)
 
 
-async def _metrics_server(address: str, metrics: Metrics, snapshots: Snapshots) -> asyncio.Server:
+async def _metrics_server(address: str, service: Service, snapshots: Snapshots) -> asyncio.Server:
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UsageError(f"metrics address {address!r} is not HOST:PORT", hint="as in 127.0.0.1:9400")
@@ -245,7 +243,7 @@ async def _metrics_server(address: str, metrics: Metrics, snapshots: Snapshots) 
         with contextlib.suppress(TimeoutError, ConnectionError, ValueError, asyncio.IncompleteReadError):
             request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
             wanted = request.split(b" ", 2)[1:2] == [b"/metrics"]
-            body = (_exposition(metrics, snapshots) if wanted else "see /metrics\n").encode()
+            body = (_exposition(service, snapshots) if wanted else "see /metrics\n").encode()
             status = b"200 OK" if wanted else b"404 Not Found"
             head = b"HTTP/1.1 %b\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: %d\r\n"
             writer.write(head % (status, len(body)) + b"Connection: close\r\n\r\n" + body)
@@ -255,7 +253,7 @@ async def _metrics_server(address: str, metrics: Metrics, snapshots: Snapshots) 
     return await asyncio.start_server(answer, host, int(port))
 
 
-def _exposition(metrics: Metrics, snapshots: Snapshots) -> str:
+def _exposition(service: Service, snapshots: Snapshots) -> str:
     gauges: dict[str, tuple[str, dict[str, float]]] = {
         "range_mounts": ("id-mapped trees attached, one for each user range", {"": snapshots.ranges.attached}),
         "root_mounts": ("root file systems assembled and attached", {"": snapshots.roots.mounted}),
@@ -263,4 +261,4 @@ def _exposition(metrics: Metrics, snapshots: Snapshots) -> str:
         "flat_trees_failed": ("flat trees that could not be made", {"": snapshots.flattening.failed}),
     }
     gauges["snapshots"] = ("snapshots by kind", {f'{{kind="{k}"}}': n for k, n in snapshots.counts().items()})
-    return metrics.text(gauges)
+    return exposition(service.answered(), BOUNDS_S, gauges)

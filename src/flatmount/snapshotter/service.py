@@ -1,8 +1,9 @@
 """The wire: containerd.services.snapshots.v1.Snapshots and grpc.health.v1.Health over the snapshot service.
 
 The front (native/front) speaks HTTP/2 and hands calls over, many at a time; each is begun at once, and most are
-answered without a task of their own. Every call has a deadline, its own or the configured one, whichever is nearer.
-What a call began is finished even when its client is gone, so that a lost connection leaves nothing half-way.
+answered without a task of their own. Every call has a deadline, its own or the configured one, whichever is nearer,
+which the front keeps even while we are busy. What a call began is finished even when its client is gone, so that a lost
+connection leaves nothing half-way.
 """
 
 from __future__ import annotations
@@ -10,10 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from enum import IntEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -21,7 +21,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from flatmount.errors import FlatmountError, InUse, MissingFeature, StoreError, UsageError, from_os_error
 from flatmount.snapshotter._front import Front
-from flatmount.snapshotter.metrics import Metrics
+from flatmount.snapshotter.metrics import Answered
 from flatmount.snapshotter.model import (
     Info,
     InvalidRequest,
@@ -32,7 +32,7 @@ from flatmount.snapshotter.model import (
     SnapshotNotFound,
     Usage,
 )
-from flatmount.snapshotter.snapshots import Done, Snapshots
+from flatmount.snapshotter.snapshots import Snapshots
 from flatmount.snapshotter.wire import snapshots_pb2 as wire
 
 log = logging.getLogger("flatmount.snapshotter")
@@ -41,8 +41,7 @@ SERVICE = "containerd.services.snapshots.v1.Snapshots"
 HEALTH = "grpc.health.v1.Health"
 _LIST_BLOCK = 100
 _MOST_REQUEST_BYTES = 16 << 20
-# How exactly deadlines are kept, and how often a health watcher's answer is looked at.
-_LOOK_EVERY_S = 0.05
+# How often a health watcher's answer is looked at.
 _WATCH_EVERY_S = 1.0
 _CLOSE_MS = 100
 # Tags of MountsResponse and Mount: number and wire type of a field (wire/snapshots.proto).
@@ -57,10 +56,12 @@ class Code(IntEnum):
 
     OK = 0
     CANCELLED = 1
+    UNKNOWN = 2
     INVALID_ARGUMENT = 3
     DEADLINE_EXCEEDED = 4
     NOT_FOUND = 5
     ALREADY_EXISTS = 6
+    RESOURCE_EXHAUSTED = 8
     FAILED_PRECONDITION = 9
     INTERNAL = 13
     UNAVAILABLE = 14
@@ -76,7 +77,7 @@ _CODES: tuple[tuple[type[FlatmountError], Code], ...] = (
     (MissingFeature, Code.FAILED_PRECONDITION),
     (StoreError, Code.UNAVAILABLE),
 )
-_NAMES = {code: code.name for code in Code}
+_NAMES: dict[int, str] = {code.value: code.name for code in Code}
 _EXPECTED = frozenset((Code.OK, Code.NOT_FOUND, Code.ALREADY_EXISTS))
 
 
@@ -85,47 +86,27 @@ def code_of(error: FlatmountError) -> Code:
     return next((code for kind, code in _CODES if isinstance(error, kind)), Code.INTERNAL)
 
 
-class _Call:
-    """One call under way. `finished` when its client has been told how it ended."""
-
-    __slots__ = ("begun", "deadline", "finished", "key", "number", "service", "task", "way")
-
-    def __init__(self, service: Service, number: int, way: _Way, key: str, begun: float, deadline: float) -> None:
-        self.service = service
-        self.number = number
-        self.way = way
-        self.key = key
-        self.begun = begun
-        self.deadline = deadline
-        self.finished = False
-        self.task: asyncio.Task[None] | None = None
-
-    def done(self, result: Any) -> None:
-        """It has come to `result`, or to an error."""
-        self.service.ended(self, result)
-
-
 class _Way:
     """How one call of the interface is answered.
 
-    `begin` begins it and tells `done`, or returns a coroutine that the answer is the result of, or (`streams`) which
-    sends what there is by itself.
+    `begin` gets the call's number and its fields. It answers by itself, now or later, or returns a coroutine whose
+    result `answer` makes the answer of; of one that `streams`, which sends what there is, only the end.
     """
 
-    __slots__ = ("answer", "begin", "name", "path", "request", "streams")
+    __slots__ = ("answer", "begin", "fields", "name", "path", "streams")
 
     def __init__(
         self,
         path: str,
-        request: Callable[[bytes], Any],
-        begin: Callable[[Any, _Call], Coroutine[Any, Any, Any] | None],
+        fields: str | None,
+        begin: Callable[..., Coroutine[Any, Any, Any] | None],
         answer: Callable[[Any], bytes] = bytes,
         *,
         streams: bool = False,
     ) -> None:
         self.path = path
         self.name = path.rpartition("/")[2]
-        self.request = request
+        self.fields = fields
         self.begin = begin
         self.answer = answer
         self.streams = streams
@@ -134,39 +115,39 @@ class _Way:
 class Service:
     """Answers calls. `healthy` is what the health service says. Belongs to the event loop that it serves on."""
 
-    def __init__(self, snapshots: Snapshots, metrics: Metrics, deadline_s: float) -> None:
+    def __init__(self, snapshots: Snapshots, deadline_s: float) -> None:
         self._snapshots = snapshots
-        self._metrics = metrics
         self._deadline_s = deadline_s
         self.healthy = True
         self._front: Front | None = None
-        # Calls that have not come to an end on our side, told or not.
-        self._running: dict[int, _Call] = {}
-        self._looking: asyncio.TimerHandle | None = None
+        self._streaming: dict[int, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._flushing = False
         self._unflushed = 0
         own, health = f"/{SERVICE}/", f"/{HEALTH}/"
+        # Fields by number, of the messages in wire/snapshots.proto; whole messages where there are other ones.
+        create, of_key = "2s 3s 4m", "2s"
         self._ways = (
-            _Way(own + "Prepare", wire.CreateRequest.FromString, self._prepare, _mounts),
-            _Way(own + "Mounts", wire.KeyRequest.FromString, self._mounts, _mounts),
-            _Way(own + "Remove", wire.KeyRequest.FromString, self._remove, _nothing),
-            _Way(own + "View", wire.CreateRequest.FromString, self._view, _mounts),
-            _Way(own + "Commit", wire.CommitRequest.FromString, self._commit, _nothing),
-            _Way(own + "Stat", wire.KeyRequest.FromString, self._stat, _info_answer),
-            _Way(own + "Update", wire.UpdateRequest.FromString, self._update, _info_answer),
-            _Way(own + "Usage", wire.KeyRequest.FromString, self._usage, _usage),
-            _Way(own + "Cleanup", wire.CleanupRequest.FromString, self._cleanup, _nothing),
-            _Way(own + "List", wire.ListRequest.FromString, self._list, streams=True),
-            _Way(health + "Check", wire.HealthRequest.FromString, self._check),
-            _Way(health + "Watch", wire.HealthRequest.FromString, self._watch, streams=True),
+            _Way(own + "Prepare", create, self._prepare, _mounts),
+            _Way(own + "Mounts", of_key, self._mounts, _mounts),
+            _Way(own + "Remove", of_key, self._remove, _nothing),
+            _Way(own + "View", create, self._view, _mounts),
+            _Way(own + "Commit", "2s 3s 5s 4m", self._commit, _nothing),
+            _Way(own + "Stat", of_key, self._stat, _info_answer),
+            _Way(own + "Update", None, self._update, _info_answer),
+            _Way(own + "Usage", of_key, self._usage, _usage),
+            _Way(own + "Cleanup", "", self._cleanup, _nothing),
+            _Way(own + "List", None, self._list, streams=True),
+            _Way(health + "Check", "1s", self._check),
+            _Way(health + "Watch", "1s", self._watch, streams=True),
         )
 
     def serve(self, listening: socket.socket) -> None:
         """Answer whoever connects to `listening`, which is the service's from now on. Raises: OSError."""
         self._loop = asyncio.get_running_loop()
         listening.setblocking(False)
-        paths = tuple(way.path for way in self._ways)
-        self._front = Front(listening.fileno(), paths, _MOST_REQUEST_BYTES)
+        paths = tuple((way.path, way.fields, way.name == "Watch") for way in self._ways)
+        self._front = Front(listening.fileno(), paths, _MOST_REQUEST_BYTES, self._deadline_s)
         listening.detach()
         self._loop.add_reader(self._front.fileno(), self._take)
 
@@ -175,16 +156,24 @@ class Service:
         front = self._front
         if front is None:
             return
-        for call in tuple(self._running.values()):
-            if call.way.streams and call.task is not None:
-                call.task.cancel()
+        for task in self._streaming.values():
+            task.cancel()
         until = self._loop.time() + grace_s
-        while self._running and self._loop.time() < until:
+        while (front.running() or self._tasks) and self._loop.time() < until:
             await asyncio.sleep(0.01)
         self._flush()
         self._front = None
         self._loop.remove_reader(front.fileno())
         await asyncio.to_thread(front.close, _CLOSE_MS)
+
+    def answered(self) -> Iterator[Answered]:
+        """What was answered until now, call by call."""
+        if self._front is None:
+            return
+        for place, way in enumerate(self._ways):
+            codes, within, seconds = self._front.counts(place)
+            named = {_NAMES.get(code, str(code)): count for code, count in enumerate(codes) if count}
+            yield Answered(way.name, named, within, seconds)
 
     # From the front, and back.
 
@@ -192,92 +181,66 @@ class Service:
         front = self._front
         if front is None:
             return
-        now = time.perf_counter()
         self._flushing = True
         try:
-            for number, place, left_s, message in front.take():
+            for call, place, _, fields in front.take():
                 if place < 0:
-                    self._left(number)
-                else:
-                    self._begin(number, self._ways[place], left_s, message, now)
+                    self._left(call)
+                    continue
+                way = self._ways[place]
+                try:
+                    work = way.begin(call, *fields) if way.fields is not None else way.begin(call, fields)
+                except Exception as error:
+                    self._refuse(call, way, error)
+                    continue
+                if work is not None:
+                    self._start(call, way, work)
         finally:
             self._flush()
 
-    def _begin(self, number: int, way: _Way, left_s: float, message: bytes, now: float) -> None:
-        deadline_s = self._deadline_s if left_s < 0 else min(self._deadline_s, left_s)
-        call = _Call(self, number, way, "", now, now + deadline_s)
-        try:
-            request = way.request(message)
-            call.key = getattr(request, "key", "")
-            self._running[number] = call
-            work = way.begin(request, call)
-        except Exception as error:
-            call.done(error)
-            return
-        if work is not None:
-            call.task = self._loop.create_task(self._work(call, work))
-        if number in self._running and self._looking is None:
-            self._looking = self._loop.call_later(_LOOK_EVERY_S, self._look)
+    def _start(self, call: int, way: _Way, work: Coroutine[Any, Any, Any]) -> None:
+        task = self._loop.create_task(self._work(call, way, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        if way.streams:
+            self._streaming[call] = task
 
-    async def _work(self, call: _Call, work: Awaitable[Any]) -> None:
+    async def _work(self, call: int, way: _Way, work: Awaitable[Any]) -> None:
         try:
-            result = await work
+            self._done(call, way, await work)
         except asyncio.CancelledError:
-            call.done(_Cancelled("the service ends"))
+            if call in self._streaming:  # it is we who leave
+                self._refuse(call, way, _Ending("the service ends"))
             raise
         except Exception as error:
-            result = error
-        call.done(result)
+            self._refuse(call, way, error)
+        finally:
+            self._streaming.pop(call, None)
 
-    def ended(self, call: _Call, result: Any) -> None:
-        """A call has come to its end on our side: tell its client, unless that was told something already."""
-        self._running.pop(call.number, None)
-        if call.finished:
-            return
-        if not isinstance(result, BaseException):
-            try:
-                answer = b"" if call.way.streams else call.way.answer(result)
-            except Exception as error:
-                result = error
+    def _done(self, call: int, way: _Way, result: Any) -> None:
+        """A call has come to its end; who has left, or was told that it takes too long, is not told again."""
         if isinstance(result, BaseException):
-            self._refuse(call, *_told(call, result))
-            return
-        call.finished = True
-        if self._front is not None:
-            if call.way.streams:
-                self._front.end(call.number, Code.OK, "")
+            self._refuse(call, way, result)
+        elif self._front is not None:
+            if way.streams:
+                self._front.end(call, Code.OK, "")
             else:
-                self._front.send(call.number, answer, True)
+                self._front.send(call, way.answer(result), True)
             self._flush_soon()
-        self._count(call, Code.OK)
 
-    def _refuse(self, call: _Call, code: Code, told: str) -> None:
-        call.finished = True
+    def _refuse(self, call: int, way: _Way, error: BaseException) -> None:
+        code, told = _told(way.name, error)
+        if code not in _EXPECTED:
+            log.warning("call", extra={"call": way.name, "code": code.name, "reason": told})
         if self._front is not None:
-            self._front.end(call.number, code, told.replace("\0", "?"))
+            # Paths of files may have bytes that are no text.
+            self._front.end(call, code, told.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
             self._flush_soon()
-        self._count(call, code)
 
-    def _left(self, number: int) -> None:
-        call = self._running.get(number)
-        if call is None or call.finished:
-            return
-        call.finished = True
-        self._count(call, Code.CANCELLED)
-        if call.way.streams and call.task is not None:
-            call.task.cancel()
-
-    def _look(self) -> None:
-        """Tell those whose time is up. What they asked for goes on."""
-        now = time.perf_counter()
-        self._looking = None
-        for call in tuple(self._running.values()):
-            if call.deadline <= now and not call.finished and call.way.path != f"/{HEALTH}/Watch":
-                spent_s = call.deadline - call.begun
-                told = f"{call.way.name} has taken {spent_s:.1f} s; it goes on; see whether the store's disk answers"
-                self._refuse(call, Code.DEADLINE_EXCEEDED, told)
-        if self._running:
-            self._looking = self._loop.call_later(_LOOK_EVERY_S, self._look)
+    def _left(self, call: int) -> None:
+        task = self._streaming.pop(call, None)
+        if task is not None:
+            task.cancel()
 
     def _flush_soon(self) -> None:
         self._unflushed += 1
@@ -295,61 +258,59 @@ class Service:
         if self._front is not None:
             self._front.flush()
 
-    def _count(self, call: _Call, code: Code) -> None:
-        seconds = time.perf_counter() - call.begun
-        self._metrics.count(call.way.name, _NAMES[code], seconds)
-        level = logging.DEBUG if code in _EXPECTED else logging.WARNING
-        if log.isEnabledFor(level):
-            extra = {"call": call.way.name, "key": call.key, "code": code.name, "ms": round(seconds * 1e3, 2)}
-            log.log(level, "call", extra=extra)
-
     # Calls.
 
-    def _prepare(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any] | None:
-        return self._create(Kind.ACTIVE, request, call.done)
+    def _prepare(self, call: int, key: str, parent: str, labels: dict[str, str]) -> Coroutine[Any, Any, Any] | None:
+        return self._create(call, self._ways[0], Kind.ACTIVE, key, parent, labels)
 
-    def _view(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any] | None:
-        return self._create(Kind.VIEW, request, call.done)
+    def _view(self, call: int, key: str, parent: str, labels: dict[str, str]) -> Coroutine[Any, Any, Any] | None:
+        return self._create(call, self._ways[3], Kind.VIEW, key, parent, labels)
 
-    def _create(self, kind: Kind, request: Any, done: Done) -> Coroutine[Any, Any, Any] | None:
-        wanted = (kind, request.key, request.parent, dict(request.labels))
-        return None if self._snapshots.create_soon(*wanted, done) else self._snapshots.create(*wanted)
+    def _create(
+        self, call: int, way: _Way, kind: Kind, key: str, parent: str, labels: dict[str, str]
+    ) -> Coroutine[Any, Any, Any] | None:
+        if self._snapshots.create_soon(kind, key, parent, labels, partial(self._done, call, way)):
+            return None
+        return self._snapshots.create(kind, key, parent, labels)
 
-    def _mounts(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any] | None:
-        return None if self._snapshots.mounts_soon(request.key, call.done) else self._snapshots.mounts(request.key)
+    def _mounts(self, call: int, key: str) -> Coroutine[Any, Any, Any] | None:
+        done = partial(self._done, call, self._ways[1])
+        return None if self._snapshots.mounts_soon(key, done) else self._snapshots.mounts(key)
 
-    def _remove(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any] | None:
-        return None if self._snapshots.remove_soon(request.key, call.done) else self._snapshots.remove(request.key)
+    def _remove(self, call: int, key: str) -> Coroutine[Any, Any, Any] | None:
+        done = partial(self._done, call, self._ways[2])
+        return None if self._snapshots.remove_soon(key, done) else self._snapshots.remove(key)
 
-    def _commit(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any]:
-        return self._snapshots.commit(request.name, request.key, request.parent, dict(request.labels))
+    def _commit(self, call: int, name: str, key: str, parent: str, labels: dict[str, str]) -> Coroutine[Any, Any, Any]:
+        return self._snapshots.commit(name, key, parent, labels)
 
-    def _stat(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any]:
-        return self._snapshots.stat(request.key)
+    def _stat(self, call: int, key: str) -> Coroutine[Any, Any, Any]:
+        return self._snapshots.stat(key)
 
-    def _update(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any]:
+    def _update(self, call: int, message: bytes) -> Coroutine[Any, Any, Any]:
+        request = wire.UpdateRequest.FromString(message)
         paths = tuple(request.update_mask.paths)
         return self._snapshots.update(request.info.name, dict(request.info.labels), paths)
 
-    def _usage(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any]:
-        return self._snapshots.usage(request.key)
+    def _usage(self, call: int, key: str) -> Coroutine[Any, Any, Any]:
+        return self._snapshots.usage(key)
 
-    def _cleanup(self, request: Any, call: _Call) -> Coroutine[Any, Any, Any]:
+    def _cleanup(self, call: int) -> Coroutine[Any, Any, Any]:
         return self._snapshots.cleanup()
 
-    async def _list(self, request: Any, call: _Call) -> None:
-        infos = await self._snapshots.list(tuple(request.filters))
+    async def _list(self, call: int, message: bytes) -> None:
+        infos = await self._snapshots.list(tuple(wire.ListRequest.FromString(message).filters))
         for at in range(0, len(infos), _LIST_BLOCK):
             self._send(call, wire.ListResponse(info=map(_info, infos[at : at + _LIST_BLOCK])).SerializeToString())
             await asyncio.sleep(0)  # others have their turn
 
-    def _check(self, request: Any, call: _Call) -> None:
-        if request.service not in ("", SERVICE):
-            raise SnapshotNotFound(f"there is no service {request.service!r} here")
-        call.done(self._health())
+    def _check(self, call: int, service: str) -> None:
+        if service not in ("", SERVICE):
+            raise SnapshotNotFound(f"there is no service {service!r} here")
+        self._done(call, self._ways[-2], self._health())
 
-    async def _watch(self, request: Any, call: _Call) -> None:
-        if request.service not in ("", SERVICE):
+    async def _watch(self, call: int, service: str) -> None:
+        if service not in ("", SERVICE):
             unknown = wire.HealthResponse(status=wire.HealthResponse.SERVICE_UNKNOWN)
             self._send(call, unknown.SerializeToString())
             return
@@ -364,20 +325,19 @@ class Service:
         status = wire.HealthResponse.SERVING if self.healthy else wire.HealthResponse.NOT_SERVING
         return bytes(wire.HealthResponse(status=status).SerializeToString())
 
-    def _send(self, call: _Call, message: bytes) -> None:
-        if self._front is not None and not call.finished:
-            self._front.send(call.number, message, False)
+    def _send(self, call: int, message: bytes) -> None:
+        if self._front is not None:
+            self._front.send(call, message, False)
             self._flush_soon()
 
 
-class _Cancelled(FlatmountError):
+class _Ending(FlatmountError):
     """The service ends before the call does."""
 
 
-def _told(call: _Call, error: BaseException) -> tuple[Code, str]:
-    """The status of an error, and what its client is told."""
-    name = call.way.name
-    if isinstance(error, _Cancelled):
+def _told(name: str, error: BaseException) -> tuple[Code, str]:
+    """The status of an error of the call `name`, and what its client is told."""
+    if isinstance(error, _Ending):
         return Code.UNAVAILABLE, error.line()
     if isinstance(error, FlatmountError):
         return code_of(error), error.line()
