@@ -1,6 +1,5 @@
-/* flatmount.snapshotter._front: the Python face of the front. */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+/* flatmount.snapshotter._front: the Python face of the front, and the table of contents. */
+#include "module.h"
 
 #include "front.h"
 
@@ -377,13 +376,18 @@ static PyType_Spec spec = {
 	.slots = type_slots,
 };
 
-static int add_type(PyObject *module)
+static int add_type(PyObject *module, const char *name, PyType_Spec *spec)
 {
-	PyObject *type = PyType_FromModuleAndSpec(module, &spec, NULL);
-	int failed = type ? PyModule_AddObjectRef(module, "Front", type) : -1;
+	PyObject *type = PyType_FromModuleAndSpec(module, spec, NULL);
+	int failed = type ? PyModule_AddObjectRef(module, name, type) : -1;
 
 	Py_XDECREF(type);
-	if (failed)
+	return failed;
+}
+
+static int fill(PyObject *module)
+{
+	if (add_type(module, "Front", &spec) || add_type(module, "Committer", &fm_committer_spec))
 		return -1;
 	PyObject *bounds = PyTuple_New(FM_BOUNDS);
 
@@ -393,17 +397,18 @@ static int add_type(PyObject *module)
 		if (!value || PyTuple_SetItem(bounds, i, value) < 0)
 			Py_CLEAR(bounds);
 	}
-	failed = bounds ? PyModule_AddObjectRef(module, "BOUNDS_S", bounds) : -1;
+	int failed = bounds ? PyModule_AddObjectRef(module, "BOUNDS_S", bounds) : -1;
+
 	Py_XDECREF(bounds);
 	return failed;
 }
 
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, add_type}, {0, NULL}};
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, fill}, {0, NULL}};
 
 static struct PyModuleDef definition = {
 	PyModuleDef_HEAD_INIT,
 	.m_name = "flatmount.snapshotter._front",
-	.m_doc = "A gRPC server on a unix socket that hands whole calls over, many at a time.",
+	.m_doc = "What a burst of calls goes through without the interpreter: the front that speaks gRPC, and the committer.",
 	.m_slots = slots,
 };
 

@@ -1,4 +1,4 @@
-"""A gRPC server on a unix socket that hands whole calls over, many at a time (native/front)."""
+"""What a burst of calls goes through without the interpreter (native/front)."""
 
 from typing import Any
 
@@ -43,5 +43,33 @@ class Front:
 
     def close(self, grace_ms: int) -> None:
         """Take no more clients, send what was answered to whoever reads it for so long, and let everybody go."""
+
+class Committer:
+    """Writes batches into the store's book on a thread of its own: directories first, then one statement.
+
+    Opens the book at `book`, runs the statements of `setup` and prepares `statement`, which takes three parameters.
+    `data_fd` is borrowed and must outlive it. Uses the SQLite that the interpreter has loaded. Belongs to one thread.
+    Raises RuntimeError where that is not a library of its own, and what SQLite says.
+    """
+
+    def __new__(cls, book: str, data_fd: int, setup: tuple[str, ...], statement: str) -> Committer: ...
+    def fileno(self) -> int:
+        """A descriptor that is readable when a batch is done. Stays the committer's."""
+
+    def submit(
+        self,
+        uppers: list[tuple[int, bool, bool, bool, int, int, int]],
+        parameters: tuple[str | None, str | None, str | None],
+    ) -> None:
+        """Begin to write a batch; `uppers` as flatmount.kernel.tree.make_uppers has them, made only if all can be.
+
+        Raises ValueError while another one is being written, or was written and not taken.
+        """
+
+    def take(self) -> tuple[bool, str | None]:
+        """Whether a batch is done, and why nothing of it is in the book where that is so."""
+
+    def close(self, limit_ms: int) -> bool:
+        """End it when its batch is done. Returns whether that was so within the limit; else it is left behind."""
 
 BOUNDS_S: tuple[float, ...]

@@ -41,7 +41,7 @@ _HEALTH_EVERY_S = 5.0
 _BACKLOG = 1024
 # The event loop and the book's threads take turns at the interpreter's lock; at its own 5 ms each turn of one is a wait
 # that a client notices.
-_SWITCH_EVERY_S = 0.0002
+_SWITCH_EVERY_S = 0.001
 _GARBAGE_AFTER = 20_000
 _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 

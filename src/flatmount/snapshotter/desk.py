@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 from flatmount.errors import FlatmountError, StoreError
 from flatmount.snapshotter import book
+from flatmount.snapshotter._front import Committer
 from flatmount.snapshotter.trees import Trees, Upper
-from flatmount.store.database import Database
+from flatmount.store.database import LAZILY, Database
 from flatmount.store.reserve import Reserve
 
 log = logging.getLogger("flatmount.snapshotter")
@@ -75,8 +76,12 @@ class Desk:
     `failed` is called, once for each batch that was not written, before those are told whose changes were in it.
     """
 
-    def __init__(self, path: str, reserve: Reserve, trees: Trees, failed: Callable[[], None]) -> None:
-        """Open the book at `path` twice, with the store's reserve for a full disk. Raises: StoreError."""
+    def __init__(self, path: str, data_fd: int, reserve: Reserve, trees: Trees, failed: Callable[[], None]) -> None:
+        """Open the book at `path`, with the store's reserve for a full disk. Raises: StoreError.
+
+        Args:
+            data_fd: the directory that `trees` are in, borrowed for as long as the process lives.
+        """
         self._path = path
         self._reserve = reserve
         self._reserve_next = self._move_next = 0.0
@@ -109,6 +114,9 @@ class Desk:
         ]
         for thread in self._threads:
             thread.start()
+        self._committer = self._new_committer(data_fd)
+        if self._committer is not None:
+            self._loop.add_reader(self._committer.fileno(), self._committed)
 
     def submit(self, change: Change) -> None:
         """Write a change with what else is asked for in this turn of the event loop, or while another is written."""
@@ -162,6 +170,10 @@ class Desk:
     async def close(self) -> None:
         """Finish what was asked for and close the book; gives a wedged disk half a second."""
         self._hand_over()
+        committer, self._committer = self._committer, None
+        if committer is not None:
+            self._loop.remove_reader(committer.fileno())
+            await asyncio.to_thread(committer.close, 500)
         self._to_writer.put(None)
         for thread in self._threads:
             await asyncio.to_thread(thread.join, 0.5)
@@ -189,7 +201,42 @@ class Desk:
         del batch.changes[_MOST_AT_ONCE:]
         batch.begun_s = time.monotonic()
         self._writing = batch
-        self._to_writer.put(batch)
+        if not self._commit(batch):
+            self._to_writer.put(batch)
+
+    def _new_committer(self, data_fd: int) -> Committer | None:
+        try:
+            return Committer(self._path, data_fd, (*LAZILY, *book.SETUP), book.WRITE)
+        except RuntimeError as error:
+            log.info("commits take turns with calls at the interpreter", extra={"reason": str(error)})
+            return None
+
+    def _commit(self, batch: _Batch) -> bool:
+        """Have the batch written without the interpreter, if nothing about it is unusual."""
+        if self._committer is None:
+            return False
+        uppers = self._trees.entries([change.upper for change in batch.changes if change.upper is not None])
+        if uppers is None:
+            return False
+        self._committer.submit(uppers, book.parameters(change.rows for change in batch.changes))
+        return True
+
+    def _committed(self) -> None:
+        if self._committer is None:
+            return
+        done, why = self._committer.take()
+        batch = self._writing
+        if not done or batch is None:
+            return
+        if why is not None:
+            # The writer finds out what is wrong with which change, and whose fault it is.
+            self._to_writer.put(batch)
+            return
+        self._unmoved += len(batch.changes)
+        if not self._keeper_told:
+            self._keeper_told = True
+            self._to_keeper.put(True)
+        self._written(batch, None)
 
     def _written(self, batch: _Batch, error: BaseException | None) -> None:
         self._writing = None

@@ -130,7 +130,7 @@ class Snapshots:
             ) from None
         os.makedirs(self._plans, mode=0o700, exist_ok=True)
         path = os.path.join(self._disk.base, "state.db")
-        self._desk = Desk(path, Reserve(self._disk.base), self._trees, self._not_written)
+        self._desk = Desk(path, self._disk.data_fd, Reserve(self._disk.base), self._trees, self._not_written)
         self._ahead = Ahead(self._trees, self._desk.numbers, self._in_pool)
         await self._read_again()
         entries = list(self._index)

@@ -33,7 +33,7 @@ _LOST = "trusted.flatmount.lost"
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Upper:
     """The directories of one fresh snapshot.
 
@@ -103,6 +103,23 @@ class Trees:
                 found[place] = _told(
                     OSError(number, os.strerror(number)), f"make the directories of snapshot {upper.name!r}:"
                 )
+        return found
+
+    def entries(self, uppers: Sequence[Upper]) -> list[tuple[int, bool, bool, bool, int, int, int]] | None:
+        """What `make_uppers` takes for fresh snapshots, without a look at the disk; None where that takes one.
+
+        Who makes them without `make` takes this for made.
+        """
+        found = []
+        for upper in uppers:
+            if upper.parent is not None and upper.parent not in self._roots:
+                return None
+            try:
+                mode, uid, gid = self._root_of(upper)
+            except FlatmountError:
+                return None
+            found.append((upper.number, upper.made, upper.work, upper.none, mode, uid, gid))
+            self.highest = max(self.highest, upper.number)
         return found
 
     def make_ahead(self, numbers: Sequence[int]) -> None:

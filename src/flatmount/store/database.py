@@ -136,6 +136,15 @@ _MIGRATIONS: Final = (
     """,
 )
 SCHEMA: Final = len(_MIGRATIONS)
+# How a connection is to behave.
+_AT_ONCE: Final = ("PRAGMA synchronous = FULL", "PRAGMA foreign_keys = ON")
+LAZILY: Final = (
+    f"PRAGMA busy_timeout = {_BUSY_S * 1000:.0f}",
+    "PRAGMA synchronous = NORMAL",
+    "PRAGMA foreign_keys = ON",
+    "PRAGMA wal_autocheckpoint = 0",
+    f"PRAGMA journal_size_limit = {_LOG_BYTES}",
+)
 # The trees, by the directory that they are in.
 _TABLES: Final = {"layers": "layers", "flat": "flats", "shifted": "shifted", "erofs": "erofs", "roots": "roots"}
 
@@ -342,11 +351,8 @@ class Database:
         try:
             if how == "mode=rw":
                 connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute(f"PRAGMA synchronous = {'NORMAL' if self._lazily else 'FULL'}")
-            if self._lazily:
-                connection.execute("PRAGMA wal_autocheckpoint = 0")
-                connection.execute(f"PRAGMA journal_size_limit = {_LOG_BYTES}")
-            connection.execute("PRAGMA foreign_keys = ON")
+            for statement in LAZILY if self._lazily else _AT_ONCE:
+                connection.execute(statement)
             connection.execute("PRAGMA user_version")
         except BaseException:
             connection.close()
