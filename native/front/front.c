@@ -39,6 +39,7 @@ struct stream {
 	struct fm_reply *first, *last; /* messages still to be sent */
 	int status;
 	char *told;
+	size_t told_bytes;
 };
 
 struct client {
@@ -166,13 +167,19 @@ static int hand_over(struct client *client, struct stream *stream, int method)
 	return 0;
 }
 
-/* grpc-message is percent-encoded: what is not printable, and the sign itself. Returns the length. */
-static size_t encode_told(const char *told, char *to)
+/* grpc-message is percent-encoded: what is not printable, and the sign itself. Returns the length. What is too long is
+ * cut, and not within a character: some clients take nothing else for text. */
+static size_t encode_told(const char *told, size_t told_bytes, char *to)
 {
 	static const char digits[] = "0123456789ABCDEF";
-	size_t bytes = 0;
+	const unsigned char *end = (const unsigned char *)told + told_bytes;
+	size_t bytes = 0, whole = 0;
 
-	for (const unsigned char *at = (const unsigned char *)told; *at && bytes + 3 < MOST_TOLD; at++) {
+	for (const unsigned char *at = (const unsigned char *)told; at < end; at++) {
+		if ((*at & 0xc0) != 0x80)
+			whole = bytes;
+		if (bytes + 3 > MOST_TOLD)
+			return whole;
 		if (*at >= 0x20 && *at < 0x7f && *at != '%') {
 			to[bytes++] = (char)*at;
 			continue;
@@ -195,8 +202,9 @@ static size_t ending(const struct stream *stream, nghttp2_nv *fields, char *numb
 	int bytes = sprintf(number, "%d", stream->status);
 
 	fields[count++] = FIELD("grpc-status", number, (size_t)bytes, 0);
-	if (stream->told && *stream->told)
-		fields[count++] = FIELD("grpc-message", message, encode_told(stream->told, message), 0);
+	if (stream->told_bytes)
+		fields[count++] = FIELD("grpc-message", message,
+					encode_told(stream->told, stream->told_bytes, message), 0);
 	return count;
 }
 
@@ -283,6 +291,10 @@ static int refuse(struct client *client, struct stream *stream, int status, cons
 {
 	finish(client->front, stream, status);
 	stream->told = strdup(why);
+	stream->told_bytes = stream->told ? strlen(why) : 0;
+	/* What else comes of it is not kept, and neither is what came. */
+	free(stream->body);
+	stream->body = NULL;
 	return answer(client, stream);
 }
 
@@ -309,6 +321,7 @@ static void take_reply(struct fm_front *front, struct fm_reply *reply)
 	if (reply->ends) {
 		finish(front, stream, reply->status);
 		stream->told = reply->told;
+		stream->told_bytes = reply->told_bytes;
 		reply->told = NULL;
 	}
 	if (reply->has_message) {

@@ -34,7 +34,8 @@ struct fm_reply {
 	uint64_t call;
 	bool has_message, ends;
 	int status;
-	char *told; /* or NULL */
+	char *told; /* UTF-8, or NULL */
+	size_t told_bytes;
 	size_t bytes, sent;
 	unsigned char frame[]; /* five bytes and the message */
 };

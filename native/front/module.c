@@ -257,17 +257,28 @@ static PyObject *front_end(PyObject *object, PyObject *args)
 	Front *self = (Front *)object;
 	unsigned long long call;
 	int status;
-	const char *told;
+	PyObject *told;
 
-	if (!PyArg_ParseTuple(args, "Kis:end", &call, &status, &told) || !is_open(self))
+	if (!PyArg_ParseTuple(args, "KiU:end", &call, &status, &told) || !is_open(self))
+		return NULL;
+	/* What is told may have the name of a file in it, which need not be text. */
+	PyObject *encoded = PyUnicode_AsEncodedString(told, "utf-8", "backslashreplace");
+
+	if (!encoded)
 		return NULL;
 	struct fm_reply *reply = fm_reply_new(call, NULL, 0);
+	size_t bytes = (size_t)PyBytes_Size(encoded);
 
 	if (reply) {
 		reply->ends = true;
 		reply->status = status;
-		reply->told = strdup(told);
+		reply->told = malloc(bytes + 1);
+		if (reply->told) {
+			memcpy(reply->told, PyBytes_AsString(encoded), bytes);
+			reply->told_bytes = bytes;
+		}
 	}
+	Py_DECREF(encoded);
 	return add(self, reply);
 }
 
