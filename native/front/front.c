@@ -37,6 +37,7 @@ struct stream {
 	unsigned char *body;
 	size_t body_bytes, room;
 	struct fm_reply *first, *last; /* messages still to be sent */
+	bool sent; /* so is its end */
 	int status;
 	char *told;
 	size_t told_bytes;
@@ -237,6 +238,7 @@ static ssize_t read_answer(nghttp2_session *session, int32_t id, uint8_t *buffer
 		*flags |= NGHTTP2_DATA_FLAG_EOF | NGHTTP2_DATA_FLAG_NO_END_STREAM;
 		if (nghttp2_submit_trailer(session, id, fields, ending(stream, fields, number, message)))
 			return NGHTTP2_ERR_TEMPORAL_CALLBACK_FAILURE;
+		stream->sent = true;
 	} else if (!done) {
 		stream->waits = true;
 		return NGHTTP2_ERR_DEFERRED;
@@ -261,6 +263,7 @@ static int answer(struct client *client, struct stream *stream)
 	stream->answered = true;
 	if (stream->first)
 		return nghttp2_submit_response(client->session, stream->id, fields, 2, &data);
+	stream->sent = true;
 	size_t more = ending(stream, fields + 2, number, message);
 	return nghttp2_submit_response(client->session, stream->id, fields, 2 + more, NULL);
 }
@@ -448,7 +451,7 @@ static int whole_request(struct client *client, struct stream *stream)
 		static const nghttp2_nv fields[] = {CONSTANT(":status", "415")};
 
 		stream->method = -1;
-		stream->answered = true;
+		stream->answered = stream->sent = true;
 		finish(client->front, stream, FM_UNIMPLEMENTED);
 		return nghttp2_submit_response(client->session, stream->id, fields, 1, NULL);
 	}
@@ -687,11 +690,36 @@ static void look_at_deadlines(struct fm_front *front)
 	}
 }
 
+/* Returns whether the client is still there. */
+static bool attend(struct client *client, uint32_t events)
+{
+	if (events & EPOLLOUT)
+		client->blocked = false;
+	if (!hear(client, events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) && !send_to(client))
+		return true;
+	drop_client(client);
+	return false;
+}
+
+/* Whether something that was handed over is still to be sent. */
+static bool owes(const struct client *client)
+{
+	if (client->out_begin < client->out_end)
+		return true;
+	for (const struct stream *stream = client->streams; stream; stream = stream->next)
+		if (!stream->sent && (stream->first || stream->finished))
+			return true;
+	return false;
+}
+
 /* Nobody else is accepted; what was handed over is sent to whoever reads. */
 static void say_goodbye(struct fm_front *front)
 {
 	uint64_t deadline_ns = fm_now_ns() + (uint64_t)front->grace_ms * 1000000u;
+	struct epoll_event events[64];
+	size_t owed = 0;
 
+	epoll_ctl(front->epoll, EPOLL_CTL_DEL, front->listening, NULL);
 	for (size_t i = 0; i < MOST_CLIENTS; i++) {
 		struct client *client = front->clients[i];
 
@@ -699,17 +727,40 @@ static void say_goodbye(struct fm_front *front)
 			continue;
 		nghttp2_submit_goaway(client->session, NGHTTP2_FLAG_NONE,
 				      nghttp2_session_get_last_proc_stream_id(client->session), NGHTTP2_NO_ERROR, NULL, 0);
-		for (;;) {
-			struct pollfd writable = {.fd = client->fd, .events = POLLOUT};
-			uint64_t now_ns = fm_now_ns();
-
-			client->blocked = false;
-			if (send_to(client) || !client->blocked || now_ns >= deadline_ns)
-				break;
-			poll(&writable, 1, (int)((deadline_ns - now_ns) / 1000000u) + 1);
-		}
-		drop_client(client);
+		if (send_to(client) || !owes(client))
+			drop_client(client);
+		else
+			owed++;
 	}
+	while (owed) {
+		uint64_t now_ns = fm_now_ns();
+
+		if (now_ns >= deadline_ns)
+			break;
+		/* Seldom is it as long as this: a turn that nothing came of looks at the time again. */
+		uint64_t left_ms = (deadline_ns - now_ns) / 1000000u + 1;
+		int count = epoll_wait(front->epoll, events, 64, left_ms < 1000 ? (int)left_ms : 1000);
+
+		for (int i = 0; i < count; i++) {
+			struct client *client = events[i].data.ptr;
+			eventfd_t ignored;
+
+			if (events[i].data.ptr == &front->wake) {
+				eventfd_read(front->wake, &ignored);
+				continue;
+			}
+			bool stays = attend(client, events[i].events);
+
+			if (stays && !owes(client)) {
+				drop_client(client);
+				stays = false;
+			}
+			owed -= !stays;
+		}
+	}
+	for (size_t i = 0; i < MOST_CLIENTS; i++)
+		if (front->clients[i])
+			drop_client(front->clients[i]);
 }
 
 static void *serve(void *argument)
@@ -729,10 +780,7 @@ static void *serve(void *argument)
 			} else if (events[i].data.ptr == &front->wake) {
 				woken = true;
 			} else {
-				if (events[i].events & EPOLLOUT)
-					client->blocked = false;
-				if (hear(client, events[i].events & (EPOLLRDHUP | EPOLLHUP | EPOLLERR)) || send_to(client))
-					drop_client(client);
+				attend(client, events[i].events);
 			}
 		}
 		look_at_deadlines(front);
