@@ -1,8 +1,9 @@
 #include "front.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <nghttp2/nghttp2.h>
-#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -849,6 +850,11 @@ static int prepare(struct fm_front *front, const struct fm_path *paths, size_t c
 	front->ready = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (front->epoll < 0 || front->wake < 0 || front->ready < 0)
 		return -1;
+	/* Who else has the socket may take a connection before us, and nobody is to wait here for the next one. */
+	int flags = fcntl(front->listening, F_GETFL);
+
+	if (flags < 0 || fcntl(front->listening, F_SETFL, flags | O_NONBLOCK) < 0)
+		return -1;
 	struct epoll_event listening = {.events = EPOLLIN, .data.ptr = &front->listening};
 	struct epoll_event wake = {.events = EPOLLIN, .data.ptr = &front->wake};
 
@@ -870,8 +876,15 @@ struct fm_front *fm_front_start(int listening, const struct fm_path *paths, size
 	front->most_bytes = most_bytes;
 	front->most_ns = most_ns;
 	pthread_mutex_init(&front->lock, NULL);
+	/* Signals are for the threads of whoever starts us. */
+	sigset_t all, before;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
 	errno = ENOMEM;
 	int error = prepare(front, paths, count) ? errno : pthread_create(&front->thread, NULL, serve, front);
+
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
 
 	if (error) {
 		let_go(front);
