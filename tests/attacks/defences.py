@@ -36,6 +36,7 @@ STORE = "src/flatmount/store/store.py"
 DISK = "src/flatmount/store/disk.py"
 FETCH = "src/flatmount/image/registry_fetch.py"
 PARTIAL = "src/flatmount/image/partial.py"
+FRONT = "native/front/front.c"
 
 HOSTILE = "kernel/test_unpack.py::test_a_hostile_entry_is_named_and_nothing_stays"
 DAMAGED = "kernel/test_images.py::test_a_damaged_image_changes_nothing"
@@ -53,6 +54,11 @@ def never(file: str, condition: str) -> tuple[Edit, ...]:
     """A check that is left out: `condition` stands for a whole `if ...:`."""
     indent = condition[: len(condition) - len(condition.lstrip())]
     return ((file, condition, f"{indent}if False:"),)
+
+
+def never_c(condition: str) -> tuple[Edit, ...]:
+    """The same in the front."""
+    return ((FRONT, condition, "if (0)"),)
 
 
 DEFENCES = (
@@ -515,6 +521,40 @@ DEFENCES = (
         "content is compared by fsck",
         never("src/flatmount/store/verify.py", "if _digest(fd, entry) != entry.digest:"),
         ("kernel/test_fsck.py::test_damage_is_found_and_repaired",),
+    ),
+    # The snapshot service's socket.
+    Defence(
+        "requests have a greatest length",
+        never_c("if (stream->body_bytes + bytes > client->front->most_bytes + FRAME_HEAD)"),
+        ("unit/test_front.py::test_a_request_that_is_too_long_is_refused_and_the_connection_goes_on",),
+    ),
+    Defence(
+        "clients have a greatest number",
+        ((FRONT, "#define MOST_CLIENTS 1024 ", "#define MOST_CLIENTS 8192 "),),
+        ("unit/test_front.py::test_so_many_clients_are_served_and_no_more",),
+    ),
+    Defence(
+        "nobody waits for a client that never reads",
+        (
+            (FRONT, "MSG_NOSIGNAL | MSG_DONTWAIT", "MSG_NOSIGNAL"),
+            (FRONT, "NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK", "NULL, NULL, SOCK_CLOEXEC"),
+        ),
+        ("unit/test_front.py::test_a_client_that_never_reads_holds_nobody_up",),
+    ),
+    Defence(
+        "closing has an end",
+        never_c("if (now_ns >= deadline_ns)"),
+        ("unit/test_front.py::test_a_client_that_never_reads_does_not_keep_it_from_closing",),
+    ),
+    Defence(
+        "nobody waits for a connection that is not there",
+        ((FRONT, "flags | O_NONBLOCK) < 0", "flags) < 0"),),
+        ("unit/test_front.py::test_a_connection_that_another_takes_is_not_waited_for",),
+    ),
+    Defence(
+        "without descriptors it does not spin",
+        ((FRONT, "usleep(10000);", ";"),),
+        ("unit/test_front.py::test_without_descriptors_it_serves_whom_it_has_and_waits_for_more",),
     ),
     # Broken pulls.
     Defence(

@@ -19,6 +19,24 @@ import pytest
 
 from bench.clients import Load, Service, build_client, build_floor_service, build_go_client, call, serving
 from flatmount.snapshotter.wire import snapshots_pb2 as wire
+from tests.frames import (
+    ACK,
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    GOAWAY,
+    GRPC,
+    HEADERS,
+    INITIAL_WINDOW_SIZE,
+    PING,
+    PREFACE,
+    RST_STREAM,
+    SETTINGS,
+    WINDOW_UPDATE,
+    frame,
+    header,
+)
 
 SERVICE = "containerd.services.snapshots.v1.Snapshots"
 MOUNTS = wire.MountsResponse(mounts=[wire.Mount(type="bind", source="/", options=["rw", "rbind"])])
@@ -218,23 +236,7 @@ def test_calls_that_are_never_answered_end_the_client(hasty_client: str, tmp_pat
 
 
 # A service of bare frames, for what grpcio never sends.
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 7, 8, 9
-INITIAL_WINDOW_SIZE = 4
-END_STREAM, ACK, END_HEADERS = 1, 1, 4
-PREFACE = 24
 STATUS_200, STATUS_500 = b"\x88", b"\x8e"  # HPACK's static table
-
-
-def frame(kind: int, flags: int, stream: int, body: bytes = b"") -> bytes:
-    return struct.pack(">I", len(body))[1:] + struct.pack(">BBI", kind, flags, stream) + body
-
-
-def header(name: str, value: str) -> bytes:
-    """A literal, not indexed."""
-    return b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-
-
-GRPC = header("content-type", "application/grpc")
 
 
 @contextmanager
@@ -252,7 +254,7 @@ def bare(
             # A client that has seen enough leaves in the middle of what it is told.
             with suppress(ConnectionError), listener.accept()[0] as peer, peer.makefile("rb") as reader:
                 peer.sendall(frame(SETTINGS, 0, 0, settings))
-                reader.read(PREFACE)
+                reader.read(len(PREFACE))
                 while len(head := reader.read(9)) == 9:
                     length = int.from_bytes(head[:3], "big")
                     kind, flags, stream = struct.unpack(">BBI", head[3:])
