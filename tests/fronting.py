@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -31,6 +32,7 @@ WAIT_S = 20
 MOST_BYTES = 5 << 20
 POST, GET, HTTP = b"\x83", b"\x82", b"\x86"  # HPACK's static table
 
+T = TypeVar("T")
 Entry = tuple[int, int, float, bytes]
 Act = Callable[[Front, Entry], None]
 
@@ -49,7 +51,9 @@ class Behind:
     `calls` are what it took, where it `keeps` them, and `gone` the calls whose clients left. A context manager.
     """
 
-    def __init__(self, path: Path | str, act: Act = echo, *, keeps: bool = True) -> None:
+    paths: tuple[str | tuple[str, str | None, bool], ...] = PATHS
+
+    def __init__(self, path: Path | str, act: Act = echo, *, keeps: bool = True, most_s: float = 0.0) -> None:
         self.path = str(path)
         self.calls: list[Entry] = []
         self.gone: list[int] = []
@@ -60,7 +64,7 @@ class Behind:
             listening.bind(self.path)
             listening.listen()
             self.listening = listening.fileno()
-            self._front = Front(listening.fileno(), PATHS, MOST_BYTES)
+            self._front = Front(listening.fileno(), self.paths, MOST_BYTES, most_s)
             listening.detach()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -85,6 +89,22 @@ class Behind:
             self._thread.join(WAIT_S)
             assert not self._thread.is_alive()
             os.close(self._wake)
+
+    def do(self, what: Callable[[Front], T]) -> T:
+        """Have the thread do something, and wait for it."""
+        done: queue.SimpleQueue[T | Exception] = queue.SimpleQueue()
+
+        def doing(front: Front) -> None:
+            try:
+                done.put(what(front))
+            except Exception as error:
+                done.put(error)
+
+        self.later(doing)
+        result = done.get(timeout=WAIT_S)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def later(self, what: Callable[[Front], None]) -> None:
         """Have the thread do something."""

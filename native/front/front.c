@@ -684,7 +684,7 @@ static void look_at_deadlines(struct fm_front *front)
 
 			snprintf(told, sizeof(told),
 				 "%s has taken %.1f s; it goes on; see whether the store's disk answers",
-				 name ? name + 1 : path, (double)(now_ns - stream->begun_ns) / 1e9);
+				 name ? name + 1 : path, (double)(stream->deadline_ns - stream->begun_ns) / 1e9);
 			refuse(client, stream, FM_DEADLINE_EXCEEDED, told);
 			mark_dirty(front, client);
 		}

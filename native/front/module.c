@@ -58,10 +58,14 @@ static bool read_path(PyObject *item, struct fm_path *path, struct shape *shape)
 	const char *text, *fields = NULL;
 	int endless = 0;
 
-	if (PyUnicode_Check(item))
+	if (PyUnicode_Check(item)) {
 		text = PyUnicode_AsUTF8AndSize(item, NULL);
-	else if (!PyArg_ParseTuple(item, "szp:Front", &text, &fields, &endless))
+	} else if (!PyTuple_Check(item)) {
+		PyErr_SetString(PyExc_TypeError, "a path is a str, or a tuple of three");
 		return false;
+	} else if (!PyArg_ParseTuple(item, "szp:Front", &text, &fields, &endless)) {
+		return false;
+	}
 	if (!text)
 		return false;
 	*path = (struct fm_path){(char *)text, endless}; /* lives as long as the tuple */
@@ -178,6 +182,7 @@ static bool refuse_unreadable(Front *self, uint64_t call)
 		reply->ends = true;
 		reply->status = FM_INTERNAL;
 		reply->told = strdup("the request cannot be read");
+		reply->told_bytes = reply->told ? strlen(reply->told) : 0;
 	}
 	PyObject *added = add(self, reply);
 

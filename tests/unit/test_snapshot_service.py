@@ -14,7 +14,6 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from flatmount.snapshotter.metrics import Metrics
 from flatmount.snapshotter.model import Info, Kind, SnapshotNotFound, Usage
 from flatmount.snapshotter.service import HEALTH, SERVICE, Service
 from flatmount.snapshotter.snapshots import Snapshots
@@ -65,7 +64,7 @@ class Served:
 
     def __init__(self, path: Path, deadline_s: float) -> None:
         self.few = Few()
-        self.service = Service(cast(Snapshots, self.few), Metrics(), deadline_s)
+        self.service = Service(cast(Snapshots, self.few), deadline_s)
         self.path = path
         self.serving = threading.Event()
         self.loop = asyncio.new_event_loop()
@@ -203,4 +202,4 @@ def test_a_request_that_cannot_be_read_is_an_error(path: Path) -> None:
         with pytest.raises(grpc.RpcError) as refused:
             channel.unary_unary(f"/{SERVICE}/Stat")(b"\xff\xff\xff", timeout=WAIT_S)
         assert refused.value.code() is grpc.StatusCode.INTERNAL
-        assert refused.value.details() == "Stat: the request cannot be read"
+        assert refused.value.details() == "the request cannot be read"
