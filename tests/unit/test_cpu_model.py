@@ -16,6 +16,7 @@ from flatmount.cpu.least_squares import fit as least_squares
 from flatmount.cpu.least_squares import line, solve
 from flatmount.cpu.model import (
     CALIBRATION,
+    COLD,
     Shape,
     Source,
     burst_s,
@@ -24,6 +25,7 @@ from flatmount.cpu.model import (
     live_mounts,
     transfers_of,
     usable_for_slope,
+    walk_s,
     work_of,
 )
 from flatmount.cpu.results import Burst, Kind
@@ -32,6 +34,7 @@ from flatmount.cpu.topology import read_topology
 from flatmount.cpu.validate import CORNERS, HELD_OUT, STRATEGIES
 from flatmount.errors import UsageError
 from flatmount.plan.facts import HostFacts
+from flatmount.plan.operations import Parameter, Unmount
 from flatmount.strategies import STRATEGIES as PLANS
 from flatmount.strategies import RootfsSpec, Upper
 from tests.unit import cpu_samples as samples
@@ -82,6 +85,42 @@ def facts() -> HostFacts:
 def test_the_work_of_a_container_is_that_of_its_plan(strategy: str, layers: int) -> None:
     spec = RootfsSpec(tuple(f"layers/{i}/fs" for i in range(layers)), flat="flat/fs", upper=Upper.STORE)
     assert work_of(strategy, layers).operations == PLANS[strategy](spec, facts()).mount_operations
+
+
+@pytest.mark.parametrize("strategy", ["per-layer", "common-parent", "detached", "flat"])
+@pytest.mark.parametrize("layers", [2, 10, 100])
+def test_grace_periods_are_those_of_what_the_plan_takes_off(strategy: str, layers: int) -> None:
+    spec = RootfsSpec(tuple(f"layers/{i}/fs" for i in range(layers)), flat="flat/fs", upper=Upper.STORE)
+    off = [op for op in PLANS[strategy](spec, facts()).operations if isinstance(op, Unmount) and not op.expect_gone]
+    # An overlay's superblock and the clones of its lowers wait once more.
+    overlays = [op for op in off if op.target == (Parameter.SCRATCH, "-look")]
+    assert len(overlays) == work_of(strategy, layers).passes - 1
+    assert work_of(strategy, layers).waits == len(off) + len(overlays)
+
+
+def test_grace_periods_cost_where_no_processor_is_idle() -> None:
+    def waited_s(containers: int, *, admit: int | None = None, cpus: int = 2) -> float:
+        what = Burst("per-layer", containers, 20, admit=admit)
+        times = [
+            burst_s(samples.COSTS, what, cpus=cpus, before=samples.BEFORE, woken_s=woken_s) for woken_s in (0, 5e-5)
+        ]
+        return (times[1] - times[0]) / 5e-5 - 1  # one wake-up is the first thread's
+
+    once = work_of("per-layer", 20).waits
+    assert waited_s(1) == pytest.approx(0, abs=1e-6)
+    assert (waited_s(2), waited_s(100)) == pytest.approx((once, once))
+    assert waited_s(100, cpus=128) == pytest.approx(0, abs=1e-6)
+    # Those of a group wait together, one group after the other.
+    assert waited_s(100, admit=10) == pytest.approx(10 * once)
+
+
+def test_work_gets_dearer_with_what_leaves_the_cache_and_has_an_end() -> None:
+    def each_s(containers: int) -> float:
+        return burst_s(samples.COSTS, Burst("flat", containers, 20), cpus=2, before=samples.BEFORE) / containers
+
+    assert 1.2 < each_s(200) / each_s(20) < 1 + COLD
+    assert each_s(10**9) / each_s(10**7) == pytest.approx(1, rel=1e-4)
+    assert walk_s(samples.COSTS, 8000) / walk_s(samples.COSTS, 100) > 80 * 1.4
 
 
 def test_an_unknown_strategy_is_refused() -> None:

@@ -1,17 +1,26 @@
 """What a burst costs, from six measured ones: the model that fits in a README.
 
-    time of a burst        T(C) = b + C * (K/X + copies * (n0 + n1*M)), with X for min(C, processors) customers
+    time of a burst        T(C) = w + 0.9*c + w*waits + C * (K/X + copies * (n0 + n1*M)), with X for min(C, processors)
     mount operations       K = 2(1+2L) + 1 per layer, 7 with a common parent, 1 merged
     between two of them    (c*passes + o*lowers) / K               on a processor of the container's own
     a mount operation      h0 + h1*M*walks/K                       one at a time
     walks over siblings    2L per layer, 2 with a common parent, none merged: one for each bind of a layer or a parent
     live mounts            M = mounts before + containers at once * L/2 (per layer; 1/2 with a common parent)
                            for a copy + C: a container copies when its root, and most others', is attached
+    waits                  2L + 2 per layer, 4 with a common parent, none merged; + copies; where no processor is idle
+    out of the cache       c, o, h0, n0 times 1 + 0.9*C/(C + 200), h1 and n1 times 1 + 0.9*M/(M + 4000)
 
 A pass makes one overlay; the usual code needs two, a merged root file system one. What grows with the table is not
 attaching but cloning: `open_tree(CLONE)` looks at every mount beside the one it clones, holding `namespace_sem`.
 X is the throughput of the finite-population chain (flatmount.cpu.chain); copies are made one at a time. The six costs
-are shared by all strategies, with copies and without; b, the time until the first thread runs, is measured.
+are shared by all strategies, with copies and without; w, from a wake-up until the first thread runs, is measured.
+
+A wait is an expedited grace period: each detached mount, a namespace that is left, and an overlay twice. A thread of
+the kernel's drives it. Where a processor is idle it runs there at once; where none is, it has to be woken on one that
+containers keep, and as all who wait for the same grace period go on together, nobody fills that time.
+
+What a container needs again after others have run is not in the cache any more: tasks and their stacks of containers,
+mounts and their mount points of a walk. The first pass on each processor finds nothing there.
 
 What a cache line costs to move from one processor to another comes on top where it was measured: h is multiplied by
 1 + v*(l + b*(k-1)) for k at the lock, with l and b from the lock benchmark at the placement. Below four cores the
@@ -45,6 +54,10 @@ CALIBRATION = (
 )
 LEAST_CORES = 4
 _COUNTED = "counted in the strategy's plan"
+# What work costs more when nothing of it is in the cache, and of how many half is lost: 1 MiB of second-level cache for
+# each of two processors, about 10 KiB of a container between two of its turns, four lines of a mount that is looked at.
+COLD = 0.9
+_CONTAINERS_HALF_COLD, _MOUNTS_HALF_COLD = 200, 4000
 _MOST_CONTAINERS = 5000
 _BOUND = math.log(30.0)  # a cost this far from where the fit starts was not found in the data
 
@@ -85,7 +98,7 @@ class Costs:
     copy_mount_s: float
 
 
-_START = Costs(1.3e-4, 1e-5, 1.3e-5, 3e-8, 6.5e-5, 9e-7)
+_START = Costs(1.1e-4, 1.2e-5, 1.4e-5, 2.6e-8, 8e-5, 9e-7)
 _MEANINGS = (
     ("c", "a pass: one overlay, whatever its layers", "us", 1e6),
     ("o", "a lower of an overlay", "us", 1e6),
@@ -110,7 +123,8 @@ class Work:
     """What a strategy does for one container.
 
     `passes` overlays are made over `lowers` in all, by so many mount `operations`; `temporary` mounts come and go in
-    each pass. `walks` of the operations were cloned beside the live mounts, and looked at all of them.
+    each pass. `walks` of the operations were cloned beside the live mounts, and looked at all of them. It waits for so
+    many grace periods, one after the other (`waits`).
     """
 
     operations: int
@@ -121,6 +135,11 @@ class Work:
     @property
     def walks(self) -> int:
         return self.passes * self.temporary
+
+    @property
+    def waits(self) -> int:
+        """One for each temporary mount, two for the overlay that the first of two passes makes for a moment."""
+        return self.walks + 2 * (self.passes - 1)
 
 
 def work_of(strategy: str, layers: int) -> Work:
@@ -150,6 +169,26 @@ def live_mounts(burst: Burst, before: float) -> tuple[float, float]:
     return others + let_in_before, others + let_in_before + at_once
 
 
+def of_containers(burst: Burst) -> float:
+    """What a container's own work is multiplied by, for what those that assemble at once take from the cache."""
+    return _colder(min(burst.admit or burst.containers, burst.containers), _CONTAINERS_HALF_COLD)
+
+
+def walk_s(costs: Costs, mounts: float) -> float:
+    """Seconds of one look at so many mounts beside the one that is cloned."""
+    return costs.sibling_s * mounts * _colder(mounts, _MOUNTS_HALF_COLD)
+
+
+def copying_s(costs: Costs, burst: Burst, copied: float) -> float:
+    """Seconds of one copy of a mount namespace in such a burst, of the host's with `copied` mounts or of a template."""
+    mounts = 1.0 if burst.template else copied
+    return costs.copy_s * of_containers(burst) + costs.copy_mount_s * mounts * _colder(mounts, _MOUNTS_HALF_COLD)
+
+
+def _colder(there: float, half: float) -> float:
+    return 1 + COLD * there / (there + half)
+
+
 def burst_s(
     costs: Costs, burst: Burst, *, cpus: int, before: float, woken_s: float = 0.0, dearer: Sequence[float] = ()
 ) -> float:
@@ -160,22 +199,25 @@ def burst_s(
         burst: what is started.
         cpus: processors it runs on.
         before: mounts in the table before it, without `burst.background`.
-        woken_s: from the start until the first thread runs.
+        woken_s: from a wake-up until the thread runs: the first one's, and that of who drives a grace period.
         dearer: for k = 1, 2, ... at the lock, what a section's time is multiplied by; missing ones are 1.
     """
     work = work_of(burst.strategy, burst.layers)
     mounts, copied = live_mounts(burst, before)
-    customers = max(1, min(burst.admit or burst.containers, burst.containers, cpus))
+    at_once = min(burst.admit or burst.containers, burst.containers)
+    customers = max(1, min(at_once, cpus))
+    colder = of_containers(burst)
 
     def at_lock(section_s: float) -> Callable[[int], float]:
         return lambda k: section_s * (dearer[k - 1] if k <= len(dearer) else 1.0)
 
-    own_s = (costs.pass_s * work.passes + costs.lower_s * work.lowers) / work.operations
-    section_s = costs.operation_s + costs.sibling_s * mounts * work.walks / work.operations
+    own_s = (costs.pass_s * work.passes + costs.lower_s * work.lowers) * colder / work.operations
+    section_s = costs.operation_s * colder + walk_s(costs, mounts) * work.walks / work.operations
     assembling_s = work.operations / throughput(customers, own_s, at_lock(section_s))
-    copy_s = costs.copy_s + costs.copy_mount_s * (1.0 if burst.template else copied)
-    copying_s = burst.copies * at_lock(copy_s)(customers)
-    return woken_s + burst.containers * (assembling_s + copying_s)
+    copies_s = burst.copies * at_lock(copying_s(costs, burst, copied))(customers)
+    idle = at_once < cpus
+    waiting_s = 0.0 if idle else woken_s * (work.waits + burst.copies) * burst.containers / at_once
+    return woken_s + COLD * costs.pass_s + waiting_s + burst.containers * (assembling_s + copies_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,9 +383,10 @@ def fit_figures(figures: Sequence[BurstFigure], bench: BenchResult) -> Model:
         (
             Parameter("N", "processors the bursts ran on", "", Source.MEASURED, cpus, cpus, cpus),
             Parameter("M0", "mounts before a burst", "", Source.MEASURED, before, before, before),
-            Parameter("b", "until the first thread runs", "us", Source.MEASURED, woken_s * 1e6, *_ends(figures)),
+            Parameter("w", "a wake-up, until the thread runs", "us", Source.MEASURED, woken_s * 1e6, *_ends(figures)),
             Parameter("K", "mount operations of a container", "", Source.MEASURED, note=_COUNTED),
             Parameter("1/2", "share of temporary mounts that are live", "", Source.ASSUMED, 0.5),
+            Parameter("0.9", "what work costs more out of the cache", "", Source.ASSUMED, COLD),
             *_cost_parameters(costs, variants),
             *_transfer_parameters(transfers, per_section, why_not),
         ),

@@ -108,7 +108,7 @@ LOCK_TABLES = (
     ),
 )
 # Costs of the shape that this project measured (docs/processors.md); only their ratios matter, the scale is a knob.
-_SHAPE = Costs(1.3e-4, 1e-5, 1.3e-5, 3e-8, 6.5e-5, 9e-7)
+_SHAPE = Costs(1.1e-4, 1.2e-5, 1.4e-5, 2.6e-8, 8e-5, 9e-7)
 
 
 def fit_table(table: LockTable) -> TableFit:

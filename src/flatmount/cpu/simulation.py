@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from flatmount.cpu.model import Costs, live_mounts, work_of
+from flatmount.cpu.model import COLD, Costs, copying_s, live_mounts, of_containers, walk_s, work_of
 from flatmount.cpu.results import Burst
 
 _REGULARITY = 16.0
@@ -48,9 +48,10 @@ def simulate_burst(costs: Costs, burst: Burst, *, cpus: int, before: float, seed
 
     A container that has a processor works, waits for the lock without giving the processor up, holds it (for as long as
     the live table makes it, where a clone looks at it), and goes to the end of those that wait for a processor: who has
-    had least comes first, as the kernel's scheduler does it. How many mounts a copy finds is the formula's: that
-    containers copy while others still hold half of their layers was measured (docs/processors.md), and is not what any
-    order of containers tried here gives.
+    had least comes first, as the kernel's scheduler does it. The first pass on each processor finds a cold cache.
+    How many mounts a copy finds is the formula's: that containers copy while others still hold half of their layers was
+    measured (docs/processors.md), and is not what any order of containers tried here gives. What leaves the cache is
+    the formula's too, and grace periods, which only add up, are in neither.
     """
     return _BurstSimulation(costs, burst, cpus, before, seed).run()
 
@@ -79,7 +80,8 @@ class _BurstSimulation:
         self._costs = costs
         self._burst = burst
         self._changes = tuple(_changes(burst))
-        self._work_s = (costs.pass_s * work.passes + costs.lower_s * work.lowers) / work.operations
+        self._colder = of_containers(burst)
+        self._work_s = (costs.pass_s * work.passes + costs.lower_s * work.lowers) * self._colder / work.operations
         self._rng = random.Random(seed)
         self._mounts = before + burst.background
         self._copied = live_mounts(burst, before)[1]
@@ -94,8 +96,8 @@ class _BurstSimulation:
         self._cpus = cpus
 
     def run(self) -> float:
-        for _ in range(self._cpus):
-            self._next_container()
+        for container in [heapq.heappop(self._ready) for _ in range(min(self._cpus, len(self._ready)))]:
+            self._after(COLD * self._costs.pass_s + self._work_s, False, container)
         while self._events:
             self._clock, _, was_section, container = heapq.heappop(self._events)
             if was_section:
@@ -141,8 +143,8 @@ class _BurstSimulation:
     def _section_s(self, container: _Container) -> float:
         change = self._changes[container.step]
         if change.copies:
-            return self._costs.copy_s + self._costs.copy_mount_s * (1.0 if self._burst.template else self._copied)
-        return self._costs.operation_s + (self._costs.sibling_s * self._mounts if change.walks else 0.0)
+            return copying_s(self._costs, self._burst, self._copied)
+        return self._costs.operation_s * self._colder + (walk_s(self._costs, self._mounts) if change.walks else 0.0)
 
 
 def _changes(burst: Burst) -> Iterator[_Change]:
