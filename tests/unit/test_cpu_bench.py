@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from flatmount.cpu import bench as bench_module
-from flatmount.cpu.bench import cell_of, lock_figure, ranked_by_hand_off, run_bench
+from flatmount.cpu.bench import burst_figure, cell_of, lock_figure, ranked_by_hand_off, run_bench
+from flatmount.cpu.burst import BurstRun
 from flatmount.cpu.locks import GoneCpu, LockRun, PairRun, jain, run_lock, run_pair
-from flatmount.cpu.noise import Disturbance, Watch
+from flatmount.cpu.model import CALIBRATION, burst_s
+from flatmount.cpu.noise import QUIET, Disturbance, Watch
 from flatmount.cpu.placements import placements
 from flatmount.cpu.results import (
     SCHEMA,
@@ -34,6 +38,7 @@ from flatmount.cpu.schedule import PREHEAT_MS, LockRunPlan, plan_bench
 from flatmount.cpu.topology import read_topology
 from flatmount.errors import UsageError
 from flatmount.kernel import _native
+from flatmount.report.cpu_text import comparison_text
 from tests.unit import cpu_samples as samples
 from tests.unit.sysfs_trees import NAMES, recorded
 
@@ -79,6 +84,18 @@ def test_spreads_hold_their_values(values: list[float]) -> None:
     assert 0.99 < sum(mode.share for mode in modes_of(sorted(values))) <= 1.01 or len(found.modes) > 1
 
 
+@pytest.mark.parametrize("repeats", [3, 4, 5, 6, 7, 9])
+def test_ranges_of_the_same_miss_each_other_once_in_a_thousand(repeats: int) -> None:
+    rng = random.Random(repeats)
+    pairs = [[Spread.of(rng.lognormvariate(0, 0.2) for _ in range(repeats)) for _ in range(2)] for _ in range(4000)]
+    missed = sum(not one.overlaps(other) for one, other in pairs)
+    assert missed <= 4000 * 0.003
+    # Not by being so wide that nothing is told apart: what is twice as dear is seen by seven repeats of such noise.
+    twice = [Spread.of(2.5 * rng.lognormvariate(0, 0.2) for _ in range(repeats)) for _ in range(4000)]
+    told = sum(not one.overlaps(other) for (one, _), other in zip(pairs, twice, strict=True))
+    assert told > 4000 * (0.8 if repeats >= 7 else 0.1)
+
+
 def test_an_unfair_lock_has_no_rank_beside_fair_ones() -> None:
     fair = samples.lock(Kind.TICKET, "all", 8, 200.0, 0.97)
     queue = samples.lock(Kind.MCS, "all", 8, 170.0, 0.95)
@@ -89,7 +106,7 @@ def test_an_unfair_lock_has_no_rank_beside_fair_ones() -> None:
 def test_hand_offs_and_fairness_are_those_of_the_middle_repeat() -> None:
     plan = LockRunPlan(Kind.TICKET, placements(recorded("vm"))[0], 2)
     runs = [LockRun(ns, share, 1.0, None, (), False) for ns, share in ((9.0, 0.1), (5.0, 0.9), (7.0, 0.5))]
-    found = lock_figure(plan, runs, LockRun(8.0, 0.9, 1.0, None, tuple(range(1, 101)), False))
+    found = lock_figure(plan, [(run, QUIET) for run in runs], LockRun(8.0, 0.9, 1.0, None, tuple(range(1, 101)), False))
     assert (found.ns.median, found.hand_off, found.p50_ns, found.p99_ns, found.max_ns) == (7.0, 0.5, 51, 100, 100)
 
 
@@ -152,6 +169,12 @@ def test_overlapping_ranges_are_not_told_apart() -> None:
     assert [c.verdict for c in compare(first, apart)] == ["lower"]
     once = dataclasses.replace(apart.locks[0], ns=Spread.of([50.0]))
     assert [c.verdict for c in compare(first, dataclasses.replace(apart, locks=(once,)))] == ["too few repeats"]
+    busy = dataclasses.replace(apart.locks[0], disturbed=True)
+    assert [c.verdict for c in compare(first, dataclasses.replace(apart, locks=(busy,)))] == ["disturbed"]
+    assert [c.verdict for c in compare(dataclasses.replace(apart, locks=(busy,)), apart)] == ["same"]
+    assert comparison_text(compare(first, dataclasses.replace(apart, locks=(busy,)))).endswith(
+        "0 of 1 figures have ranges that overlap; 1 of the others were disturbed"
+    )
     other_machine = dataclasses.replace(close, topology=recorded("genoa"))
     assert not same_machine(first, other_machine)
     assert {c.verdict for c in compare(first, other_machine)} == {"indistinguishable"}
@@ -259,6 +282,91 @@ def test_a_processor_that_goes_offline_meanwhile_is_left_out(monkeypatch: pytest
     assert {f.threads for f in result.locks} == {1}
     if len(CPUS) > 1:
         assert any("is offline" in line for line in result.left_out)
+
+
+class _Clockwork:
+    """A stage whose bursts take as long as a model says, on a clock of its own."""
+
+    def __init__(self, lock_s: float = 0.1) -> None:
+        self.now_s = 0.0
+        self.lock_s = lock_s
+        self.done: list[tuple[float, str]] = []
+
+    def drive(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(bench_module, "time", self)
+        monkeypatch.setattr(bench_module, "run_lock", self.lock)
+        monkeypatch.setattr(bench_module, "run_pair", self.pair)
+        monkeypatch.setattr(bench_module, "stage", lambda _: nullcontext(self))
+        monkeypatch.setattr(bench_module, "read_topology", lambda: recorded("vm"))
+        monkeypatch.setattr(bench_module, "apart", lambda work: work())
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def note(self, what: str, seconds: float) -> None:
+        self.done.append((self.now_s, what))
+        self.now_s += seconds
+
+    def run(self, burst: Burst) -> BurstRun:
+        wall_s = burst_s(samples.COSTS, burst, cpus=2, before=samples.BEFORE)
+        self.note(str(burst), wall_s + 0.1)
+        return BurstRun(burst, wall_s, (wall_s,) * burst.containers, 1, 20, 20, samples.QUIET, False, 0.0)
+
+    def lock(self, *_: object, **__: object) -> LockRun:
+        self.note("lock", self.lock_s)
+        return LockRun(9.0, 0.9, 1.0, None, (1,), False)
+
+    def pair(self, *_: object, **__: object) -> PairRun:
+        self.note("pair", 0.008)
+        return PairRun((50.0,), 0, False)
+
+
+@pytest.mark.parametrize("budget_s", [30.0, 60.0, 300.0])
+def test_repeats_of_everything_are_spread_over_the_time(budget_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clockwork()
+    clock.drive(monkeypatch)
+    result = run_bench(budget_s)
+    assert result.took_s <= budget_s * 1.02
+    times: dict[str, list[float]] = {}
+    for when, what in clock.done:
+        times.setdefault(what, []).append(when)
+    for what, at in times.items():
+        assert len(at) >= 3, what
+        assert "beside" in what or at[-1] - at[0] > 0.5 * result.took_s, what
+    assert {str(b) for b in CALIBRATION} < set(times) and len(times["per-layer C=5 L=50"]) >= 5
+    assert all(f.wall_s.count >= 3 and not f.disturbed for f in result.bursts)
+
+
+def test_rounds_that_are_given_up_leave_the_model_its_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clockwork(lock_s=1.0)
+    clock.drive(monkeypatch)
+    result = run_bench(60.0)
+    assert 3 <= result.repeats < 9 and any("repeats, it took too long" in line for line in result.left_out)
+    found = {f.burst: f.wall_s.count for f in result.bursts}
+    assert all(found[burst] >= 3 for burst in CALIBRATION)
+
+
+def test_a_lock_that_others_ran_beside_is_disturbed_unless_enough_was_quiet() -> None:
+    plan = LockRunPlan(Kind.TICKET, placements(recorded("vm"))[0], 2)
+    quiet = (LockRun(5.0, 0.9, 1.0, None, (), False), Disturbance(0.11, 2, 0.0, 0.012))
+    busy, stolen = (
+        (LockRun(50.0, 0.9, 1.0, None, (), False), beside)
+        for beside in (Disturbance(0.11, 2, 0.0, 0.05), Disturbance(0.11, 2, 0.02, 0.0))
+    )
+    kept = lock_figure(plan, [quiet] * 5 + [busy, stolen], None)
+    assert (kept.disturbed, kept.ns.high, kept.ns.count) == (False, 5.0, 5)
+    for other in (busy, stolen):
+        mixed = lock_figure(plan, [quiet] * 4 + [other] * 5, None)
+        assert (mixed.disturbed, mixed.ns.high, mixed.ns.count) == (True, 50.0, 9)
+
+
+def test_a_burst_that_never_had_a_quiet_moment_is_disturbed() -> None:
+    run = _Clockwork().run(Burst("flat", 5, 5))
+    crowded = dataclasses.replace(run, crowded=True, wall_s=9.0)
+    assert not burst_figure([run] * 5 + [crowded] * 4).disturbed
+    assert burst_figure([run] * 5 + [crowded] * 4).wall_s.high == run.wall_s
+    assert burst_figure([run] * 4 + [crowded] * 5).disturbed
+    assert burst_figure([run] * 3).disturbed is False and burst_figure([run, run, crowded]).disturbed
 
 
 def test_bursts_in_words() -> None:

@@ -94,20 +94,28 @@ def wait_until_quiet(limit_s: float) -> bool:
 
 
 class Watch:
-    """Measures the `disturbance` of the time it is open, from /proc and this process's own use."""
+    """Measures the `disturbance` of the time it is open, from /proc and this process's own use.
+
+    Without `kernel_threads` it reads one line and no process, and takes the kernel's threads for others: for what gives
+    them no work.
+    """
+
+    def __init__(self, *, kernel_threads: bool = True) -> None:
+        self._kernel_threads = kernel_threads
 
     def __enter__(self) -> Watch:
-        self._before = _times()
+        self._before = _times(self._kernel_threads)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        elapsed, busy, stolen, ours, kernel = (b - a for a, b in zip(self._before, _times(), strict=True))
+        now = _times(self._kernel_threads)
+        elapsed, busy, stolen, ours, kernel = (b - a for a, b in zip(self._before, now, strict=True))
         self.disturbance = Disturbance(elapsed, os.cpu_count() or 1, stolen, busy - ours - kernel)
 
 
-def _times() -> tuple[float, float, float, float, float]:
+def _times(kernel_threads: bool) -> tuple[float, float, float, float, float]:
     """Seconds: a clock, processors busy, stolen, used by us and by what we waited for, by the kernel's threads."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     ours = sum(usage.ru_utime + usage.ru_stime for usage in used)
@@ -117,7 +125,8 @@ def _times() -> tuple[float, float, float, float, float]:
             user, nice, system, _idle, _iowait, _irq, _softirq, steal, *_ = map(int, file.readline().split()[1:])
     except OSError:
         return clock, 0.0, 0.0, ours, 0.0
-    return clock, (user + nice + system) / _TICKS_PER_S, steal / _TICKS_PER_S, ours, _kernel_threads_s()
+    kernel_s = _kernel_threads_s() if kernel_threads else 0.0
+    return clock, (user + nice + system) / _TICKS_PER_S, steal / _TICKS_PER_S, ours, kernel_s
 
 
 def _kernel_threads_s() -> float:

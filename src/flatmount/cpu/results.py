@@ -19,6 +19,11 @@ from flatmount.errors import UsageError
 SCHEMA = "flatmount.cpu-bench/1"
 LEAST_REPEATS = 3
 TOO_FEW = "too few repeats"
+DISTURBED = "disturbed"
+# By how much of their width, at either end, ranges of few repeats are wider than the repeats: without it every tenth
+# pair of ranges of three, and every 130th of five, would miss each other with nothing changed; so it is one in a
+# thousand (two samples of a normal or a skewed distribution, counted in 200,000 pairs).
+_WIDER = {3: 1.5, 4: 0.5, 5: 0.2, 6: 0.1}
 # A gap this wide between sorted values, with this share of them on either side, makes two modes of them.
 _MODE_RATIO = 1.5
 _MODE_SHARE = 0.2
@@ -54,7 +59,11 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Repeats of one figure: median, lowest and highest. More than one mode where they fall into groups."""
+    """Repeats of one figure: their median, and the range in which another run's would lie.
+
+    From the lowest to the highest of seven or more repeats; a range of three to six is wider than they are. More than
+    one mode where they fall into groups.
+    """
 
     median: float
     low: float
@@ -68,11 +77,20 @@ class Spread:
         ordered = sorted(values)
         if not ordered:
             raise ValueError("no values")
-        return cls(statistics.median(ordered), ordered[0], ordered[-1], len(ordered), modes_of(ordered))
+        low, high = _widened(ordered)
+        return cls(statistics.median(ordered), low, high, len(ordered), modes_of(ordered))
 
     def overlaps(self, other: Spread) -> bool:
         """Whether the two ranges have a value in common: then neither is better."""
         return self.low <= other.high and other.low <= self.high
+
+
+def _widened(ordered: Sequence[float]) -> tuple[float, float]:
+    low, high = ordered[0], ordered[-1]
+    if low <= 0:
+        return low, high
+    factor = (high / low) ** _WIDER.get(len(ordered), 0.0)
+    return low / factor, high * factor
 
 
 def modes_of(ordered: Sequence[float]) -> tuple[Mode, ...]:
@@ -96,7 +114,7 @@ class LockFigure:
     `ns` are nanoseconds for each section over all threads together. `hand_off` is the fraction of exclusive sections
     whose lock came from another processor (None: the kind has none); `fairness` Jain's index of the threads' shares,
     from 1/n to 1; `retries` a reader's repeats for each read. Latencies come from runs of their own and include the
-    reading of the clock, about 25 ns.
+    reading of the clock, about 25 ns. `disturbed`: others used the processors meanwhile.
     """
 
     kind: Kind
@@ -110,6 +128,7 @@ class LockFigure:
     p99_ns: float | None = None
     max_ns: float | None = None
     moved: bool = False
+    disturbed: bool = False
 
     @property
     def shows_transfer(self) -> bool:
@@ -160,7 +179,8 @@ class Burst:
 @dataclass(frozen=True, slots=True)
 class BurstFigure:
     """Repeats of one burst. `half_s` is the median container's latency in the median repeat, `least_s` the first's, and
-    `woken_s` the time from the start until its first thread ran (0: an earlier version did not say)."""
+    `woken_s` the time from the start until its first thread ran (0: an earlier version did not say). `disturbed`: too
+    few repeats had a quiet moment."""
 
     burst: Burst
     wall_s: Spread
@@ -170,6 +190,7 @@ class BurstFigure:
     mounts_before: int
     placement: str = ""
     woken_s: float = 0.0
+    disturbed: bool = False
 
     @property
     def operations_per_s(self) -> float:
@@ -222,8 +243,9 @@ def load_bench(path: str) -> BenchResult:
 class Comparison:
     """One figure of two benches.
 
-    `verdict` is "same", "lower" or "higher", across machines "indistinguishable" in place of "same", and "too few
-    repeats" where one of the two has no range to speak of.
+    `verdict` is "same", "lower" or "higher", across machines "indistinguishable" in place of "same"; "too few repeats"
+    where one of the two has no range to speak of, and "disturbed" where ranges lie apart and others used the processors
+    while one of them was measured.
     """
 
     figure: str
@@ -257,25 +279,27 @@ def compare(first: BenchResult, second: BenchResult) -> tuple[Comparison, ...]:
     require_comparable((first, second))
     same = "same" if same_machine(first, second) else "indistinguishable"
     found = []
-    for name, unit, one, other in _pairs(first, second):
+    for name, unit, one, other, disturbed in _pairs(first, second):
         verdict = same if one.overlaps(other) else "lower" if other.median < one.median else "higher"
         if min(one.count, other.count) < LEAST_REPEATS:
             verdict = TOO_FEW
+        elif verdict != same and disturbed:
+            verdict = DISTURBED
         found.append(Comparison(name, unit, one, other, verdict))
     return tuple(found)
 
 
-def _pairs(first: BenchResult, second: BenchResult) -> Iterable[tuple[str, str, Spread, Spread]]:
-    locks = {(f.kind, f.placement, f.threads): f.ns for f in second.locks}
+def _pairs(first: BenchResult, second: BenchResult) -> Iterable[tuple[str, str, Spread, Spread, bool]]:
+    locks = {(f.kind, f.placement, f.threads): f for f in second.locks}
     for f in first.locks:
-        if (f.kind, f.placement, f.threads) in locks:
-            yield (f"{f.kind.value}, {f.placement}, {f.threads} threads", "ns", f.ns,
-                   locks[f.kind, f.placement, f.threads])  # fmt: skip
-    cells = {(c.a, c.b): c.ns for c in second.matrix}
+        if lock := locks.get((f.kind, f.placement, f.threads)):
+            name = f"{f.kind.value}, {f.placement}, {f.threads} threads"
+            yield name, "ns", f.ns, lock.ns, f.disturbed or lock.disturbed
+    cells = {(c.a, c.b): c for c in second.matrix}
     for c in first.matrix:
-        if (c.a, c.b) in cells:
-            yield f"processors {c.a} and {c.b}", "ns", c.ns, cells[c.a, c.b]
-    bursts = {(b.burst, b.placement): b.wall_s for b in second.bursts}
+        if cell := cells.get((c.a, c.b)):
+            yield f"processors {c.a} and {c.b}", "ns", c.ns, cell.ns, c.moved or cell.moved
+    bursts = {(b.burst, b.placement): b for b in second.bursts}
     for b in first.bursts:
-        if (b.burst, b.placement) in bursts:
-            yield str(b.burst), "s", b.wall_s, bursts[b.burst, b.placement]
+        if burst := bursts.get((b.burst, b.placement)):
+            yield str(b.burst), "s", b.wall_s, burst.wall_s, b.disturbed or burst.disturbed

@@ -168,7 +168,7 @@ def burst_order(there: Sequence[Placement]) -> tuple[tuple[Burst, Placement | No
     caps = [(Burst("per-layer", 100, 50, admit=k), None) for k in (1, 2, 4, 8, 16, 32)]
     beside = [
         (Burst(strategy, 20, 20, background=background), None)
-        for background in (0, 500, 1000, 2000, 4000)
+        for background in (0, 1000, 4000)
         for strategy in ("per-layer", "common-parent", "flat")
     ]
     return (*places, *sweep, *caps, *beside)

@@ -9,7 +9,7 @@ from flatmount.cpu.advise import Advice
 from flatmount.cpu.model import Model, Parameter, Prediction, Source
 from flatmount.cpu.noise import Disturbance
 from flatmount.cpu.published import Fact
-from flatmount.cpu.results import TOO_FEW, BenchResult, BurstFigure, Comparison, Spread
+from flatmount.cpu.results import DISTURBED, TOO_FEW, BenchResult, BurstFigure, Comparison, Spread
 from flatmount.cpu.topology import Topology, format_list
 from flatmount.cpu.validation import Point, Validation
 
@@ -234,6 +234,8 @@ def comparison_text(found: Sequence[Comparison]) -> str:
     """Two benches figure by figure."""
     rows = [[c.figure, c.unit, spread(c.first), spread(c.second), c.verdict] for c in found]
     told = [c for c in found if c.verdict != TOO_FEW]
+    disturbed = sum(c.verdict == DISTURBED for c in told)
+    but = f"; {disturbed} of the others were disturbed" if disturbed else ""
     same = sum(c.verdict in ("same", "indistinguishable") for c in told)
     heads = ["figure", "unit", "first", "second", "verdict"]
-    return f"{table(heads, rows)}\n\n{same} of {len(told)} figures have ranges that overlap"
+    return f"{table(heads, rows)}\n\n{same} of {len(told)} figures have ranges that overlap{but}"
