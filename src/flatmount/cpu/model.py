@@ -8,16 +8,16 @@
     live mounts            M = mounts before + containers at once * L/2 (per layer; 1/2 with a common parent)
                            for a copy + C: a container copies when its root, and most others', is attached
     waits                  2L + 2 per layer, 4 with a common parent, none merged; + copies; where no processor is idle
-    out of the cache       c, o, h0, n0 times 1 + 0.9*C/(C + 200), h1 and n1 times 1 + 0.9*M/(M + 4000)
+    out of the cache       c, o, h0, n0 times 1 + 0.9*C/(C + 100*processors), h1 and n1 times 1 + 0.9*M/(M + 4000)
 
 A pass makes one overlay; the usual code needs two, a merged root file system one. What grows with the table is not
 attaching but cloning: `open_tree(CLONE)` looks at every mount beside the one it clones, holding `namespace_sem`.
 X is the throughput of the finite-population chain (flatmount.cpu.chain); copies are made one at a time. The six costs
 are shared by all strategies, with copies and without; w, from a wake-up until the first thread runs, is measured.
 
-A wait is an expedited grace period: each detached mount, a namespace that is left, and an overlay twice. A thread of
-the kernel's drives it. Where a processor is idle it runs there at once; where none is, it has to be woken on one that
-containers keep, and as all who wait for the same grace period go on together, nobody fills that time.
+A wait is an expedited grace period: each detached mount, a namespace that is left, and an overlay twice. One container
+alone waits for its own; of several, each for the one under way as well, driven by a kernel's thread on processors that
+containers keep. All who wait for the same one go on together, so that nobody is left to fill the next.
 
 What a container needs again after others have run is not in the cache any more: tasks and their stacks of containers,
 mounts and their mount points of a walk. The first pass on each processor finds nothing there.
@@ -54,10 +54,10 @@ CALIBRATION = (
 )
 LEAST_CORES = 4
 _COUNTED = "counted in the strategy's plan"
-# What work costs more when nothing of it is in the cache, and of how many half is lost: 1 MiB of second-level cache for
-# each of two processors, about 10 KiB of a container between two of its turns, four lines of a mount that is looked at.
+# What work costs more when nothing of it is in the cache, and of how many half is lost: a second-level cache of 1 MiB
+# holds about 10 KiB of each of a processor's containers between two turns, or four lines of each mount of a walk.
 COLD = 0.9
-_CONTAINERS_HALF_COLD, _MOUNTS_HALF_COLD = 200, 4000
+_CONTAINERS_HALF_COLD, _MOUNTS_HALF_COLD = 100, 4000
 _MOST_CONTAINERS = 5000
 _BOUND = math.log(30.0)  # a cost this far from where the fit starts was not found in the data
 
@@ -169,9 +169,9 @@ def live_mounts(burst: Burst, before: float) -> tuple[float, float]:
     return others + let_in_before, others + let_in_before + at_once
 
 
-def of_containers(burst: Burst) -> float:
+def of_containers(burst: Burst, cpus: int) -> float:
     """What a container's own work is multiplied by, for what those that assemble at once take from the cache."""
-    return _colder(min(burst.admit or burst.containers, burst.containers), _CONTAINERS_HALF_COLD)
+    return _colder(min(burst.admit or burst.containers, burst.containers), _CONTAINERS_HALF_COLD * cpus)
 
 
 def walk_s(costs: Costs, mounts: float) -> float:
@@ -179,10 +179,10 @@ def walk_s(costs: Costs, mounts: float) -> float:
     return costs.sibling_s * mounts * _colder(mounts, _MOUNTS_HALF_COLD)
 
 
-def copying_s(costs: Costs, burst: Burst, copied: float) -> float:
+def copying_s(costs: Costs, burst: Burst, copied: float, cpus: int) -> float:
     """Seconds of one copy of a mount namespace in such a burst, of the host's with `copied` mounts or of a template."""
     mounts = 1.0 if burst.template else copied
-    return costs.copy_s * of_containers(burst) + costs.copy_mount_s * mounts * _colder(mounts, _MOUNTS_HALF_COLD)
+    return costs.copy_s * of_containers(burst, cpus) + costs.copy_mount_s * mounts * _colder(mounts, _MOUNTS_HALF_COLD)
 
 
 def _colder(there: float, half: float) -> float:
@@ -206,7 +206,7 @@ def burst_s(
     mounts, copied = live_mounts(burst, before)
     at_once = min(burst.admit or burst.containers, burst.containers)
     customers = max(1, min(at_once, cpus))
-    colder = of_containers(burst)
+    colder = of_containers(burst, cpus)
 
     def at_lock(section_s: float) -> Callable[[int], float]:
         return lambda k: section_s * (dearer[k - 1] if k <= len(dearer) else 1.0)
@@ -214,7 +214,7 @@ def burst_s(
     own_s = (costs.pass_s * work.passes + costs.lower_s * work.lowers) * colder / work.operations
     section_s = costs.operation_s * colder + walk_s(costs, mounts) * work.walks / work.operations
     assembling_s = work.operations / throughput(customers, own_s, at_lock(section_s))
-    copies_s = burst.copies * at_lock(copying_s(costs, burst, copied))(customers)
+    copies_s = burst.copies * at_lock(copying_s(costs, burst, copied, cpus))(customers)
     idle = at_once < cpus
     waiting_s = 0.0 if idle else woken_s * (work.waits + burst.copies) * burst.containers / at_once
     return woken_s + COLD * costs.pass_s + waiting_s + burst.containers * (assembling_s + copies_s)

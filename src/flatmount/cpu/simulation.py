@@ -80,7 +80,7 @@ class _BurstSimulation:
         self._costs = costs
         self._burst = burst
         self._changes = tuple(_changes(burst))
-        self._colder = of_containers(burst)
+        self._colder = of_containers(burst, cpus)
         self._work_s = (costs.pass_s * work.passes + costs.lower_s * work.lowers) * self._colder / work.operations
         self._rng = random.Random(seed)
         self._mounts = before + burst.background
@@ -143,7 +143,7 @@ class _BurstSimulation:
     def _section_s(self, container: _Container) -> float:
         change = self._changes[container.step]
         if change.copies:
-            return copying_s(self._costs, self._burst, self._copied)
+            return copying_s(self._costs, self._burst, self._copied, self._cpus)
         return self._costs.operation_s * self._colder + (walk_s(self._costs, self._mounts) if change.walks else 0.0)
 
 
