@@ -84,7 +84,7 @@ def test_spreads_hold_their_values(values: list[float]) -> None:
     assert 0.99 < sum(mode.share for mode in modes_of(sorted(values))) <= 1.01 or len(found.modes) > 1
 
 
-@pytest.mark.parametrize("repeats", [3, 4, 5, 6, 7, 9])
+@pytest.mark.parametrize("repeats", [3, 4, 5, 6, 7, 9, 21])
 def test_ranges_of_the_same_miss_each_other_once_in_a_thousand(repeats: int) -> None:
     rng = random.Random(repeats)
     pairs = [[Spread.of(rng.lognormvariate(0, 0.2) for _ in range(repeats)) for _ in range(2)] for _ in range(4000)]
@@ -94,6 +94,11 @@ def test_ranges_of_the_same_miss_each_other_once_in_a_thousand(repeats: int) -> 
     twice = [Spread.of(2.5 * rng.lognormvariate(0, 0.2) for _ in range(repeats)) for _ in range(4000)]
     told = sum(not one.overlaps(other) for (one, _), other in zip(pairs, twice, strict=True))
     assert told > 4000 * (0.8 if repeats >= 7 else 0.1)
+
+
+def test_an_interrupted_batch_of_hundreds_is_not_the_range() -> None:
+    found = Spread.of([25.0 + i / 100 for i in range(479)] + [120_000.0])
+    assert (found.low, found.high, found.count) == (25.24, 29.55, 480)
 
 
 def test_an_unfair_lock_has_no_rank_beside_fair_ones() -> None:

@@ -24,6 +24,7 @@ DISTURBED = "disturbed"
 # pair of ranges of three, and every 130th of five, would miss each other with nothing changed; so it is one in a
 # thousand (two samples of a normal or a skewed distribution, counted in 200,000 pairs).
 _WIDER = {3: 1.5, 4: 0.5, 5: 0.2, 6: 0.1}
+_LEFT_OUT_OF = 20  # one, at either end: a single batch of hundreds that was interrupted says nothing of the next run's
 # A gap this wide between sorted values, with this share of them on either side, makes two modes of them.
 _MODE_RATIO = 1.5
 _MODE_SHARE = 0.2
@@ -61,8 +62,8 @@ class Mode:
 class Spread:
     """Repeats of one figure: their median, and the range in which another run's would lie.
 
-    From the lowest to the highest of seven or more repeats; a range of three to six is wider than they are. More than
-    one mode where they fall into groups.
+    From the lowest to the highest of seven or more repeats; a range of three to six is wider than they are, and one of
+    twenty or more leaves the twentieth part out at either end. More than one mode where they fall into groups.
     """
 
     median: float
@@ -77,7 +78,7 @@ class Spread:
         ordered = sorted(values)
         if not ordered:
             raise ValueError("no values")
-        low, high = _widened(ordered)
+        low, high = _range(ordered)
         return cls(statistics.median(ordered), low, high, len(ordered), modes_of(ordered))
 
     def overlaps(self, other: Spread) -> bool:
@@ -85,8 +86,9 @@ class Spread:
         return self.low <= other.high and other.low <= self.high
 
 
-def _widened(ordered: Sequence[float]) -> tuple[float, float]:
-    low, high = ordered[0], ordered[-1]
+def _range(ordered: Sequence[float]) -> tuple[float, float]:
+    cut = len(ordered) // _LEFT_OUT_OF
+    low, high = ordered[cut], ordered[-1 - cut]
     if low <= 0:
         return low, high
     factor = (high / low) ** _WIDER.get(len(ordered), 0.0)
