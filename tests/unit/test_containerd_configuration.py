@@ -28,6 +28,9 @@ FILES = {
     "lines of a string": 'version = 3\n[plugins."io.containerd.cri.v1.images"]\n  note = """\n[grpc]\n'
     'snapshotter = "x"\n"""\n  snapshotter = "native"\n',
     "only the header": 'version = 2\n[plugins."io.containerd.grpc.v1.cri".containerd]',
+    "unpacks for others": "version = 3\n[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_downloads = 3\n"
+    "  [[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n    platform = 'linux/amd64'\n"
+    "    snapshotter = 'erofs'\n[debug]\n  level = 'info'\n",
     "others": 'version = 2\n[proxy_plugins]\n  [proxy_plugins.stargz]\n    type = "snapshot"\n    address = "/s"\n',
 }
 
@@ -37,7 +40,7 @@ FILES = {
 def test_in_and_out(text: str, cri: bool) -> None:
     made = install(text, SOCKET, cri=cri)
     found = inspect(made)
-    assert (found.socket, found.remap_ids, found.cri) == (SOCKET, True, cri)
+    assert (found.socket, found.remap_ids, found.cri, found.unpacks) == (SOCKET, True, cri, True)
     assert install(made, SOCKET, cri=cri) == made
     before, after = tomllib.loads(text), tomllib.loads(made)
     assert after["proxy_plugins"]["flatmount"]["type"] == "snapshot"
@@ -56,6 +59,7 @@ def test_in_and_out(text: str, cri: bool) -> None:
         "not toml",
         'version = 2\n[proxy_plugins.flatmount]\n  address = "/x"\n',
         'version = 2\nproxy_plugins = { stargz = { type = "snapshot" } }\n',
+        'version = 3\n[plugins."io.containerd.transfer.v1.local"]\n  unpack_config = []\n',
     ],
 )
 def test_what_cannot_be_changed_is_refused(text: str) -> None:
@@ -64,8 +68,38 @@ def test_what_cannot_be_changed_is_refused(text: str) -> None:
 
 
 def test_the_section_by_hand() -> None:
-    assert inspect("version = 3\n" + section(3, SOCKET, cri=True)).cri
-    assert not inspect("version = 2\n" + section(2, SOCKET, cri=False)).cri
+    for text in FILES["empty 3"], FILES["unpacks for others"]:
+        found = inspect(text + section(text, SOCKET, cri=True))
+        assert (found.cri, found.unpacks) == (True, True)
+    assert not inspect(FILES["empty 2"] + section(FILES["empty 2"], SOCKET, cri=False)).cri
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (FILES["empty 3"], ["overlayfs", "flatmount"]),
+        (FILES["empty 2"], ["overlayfs", "flatmount"]),
+        (FILES["unpacks for others"], ["erofs", "flatmount"]),
+        (
+            FILES["unpacks for others"].replace("erofs", "flatmount"),
+            ["flatmount"],
+        ),
+    ],
+)
+def test_the_transfer_service_unpacks_for_us_and_for_whom_it_did(text: str, wanted: list[str]) -> None:
+    """A list that we begin takes the place of containerd's own; one that is there is only added to."""
+    entries = tomllib.loads(install(text, SOCKET, cri=False))["plugins"]["io.containerd.transfer.v1.local"]
+    assert [entry["snapshotter"] for entry in entries["unpack_config"]] == wanted
+
+
+def test_status_says_that_containerd_2_pulls_nothing_for_us(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(
+        f'version = 3\n[proxy_plugins.flatmount]\n  type = "snapshot"\n  address = "{SOCKET}"\n'
+        '  capabilities = ["remap-ids"]\n'
+    )
+    assert main(["containerd", "status", "--config", str(file)]) == 1
+    assert "unpack_config" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def _install(args: argparse.Namespace) -> int:
     before = _read(args.config)
     text = before if before is not None else f"version = {_file_version()}\n"
     if args.print:
-        sys.stdout.write(containerd.section(containerd.inspect(text).version, socket, cri=args.cri))
+        sys.stdout.write(containerd.section(text, socket, cri=args.cri))
         return EXIT_FINE
     after = containerd.install(text, socket, cri=args.cri)
     if after == before:
@@ -154,6 +154,11 @@ def _status(args: argparse.Namespace) -> int:
         findings.append(f"{args.config} does not have the snapshotter; `flatmount containerd install` adds it")
     elif not found.remap_ids:
         findings.append('capabilities = ["remap-ids"] is missing: containerd 2.x would change owners file by file')
+    elif not found.unpacks:
+        findings.append(
+            "the transfer service's unpack_config does not name the snapshotter: CRI and `ctr` of containerd 2.1 and"
+            " later pull no image for it; `flatmount containerd install` adds it"
+        )
     socket = found.socket if found is not None and found.socket else os.path.join(run_directory(), "snapshotter.sock")
     answers = _answers(socket)
     if not answers:

@@ -28,16 +28,24 @@ _CRI = {
     2: ("plugins", "io.containerd.grpc.v1.cri", "containerd"),
     3: ("plugins", "io.containerd.cri.v1.images"),
 }
+# Pulls and imports go through this plugin, `ctr`'s and CRI's from containerd 2.1 on, and it unpacks for none but the
+# snapshotters that are named here. 1.6 has no such plugin and passes over the table.
+_TRANSFER = ("plugins", "io.containerd.transfer.v1.local")
+_UNPACKS = "unpack_config"
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """What a configuration says of us. `socket` is "" where it does not know us."""
+    """What a configuration says of us. `socket` is "" where it does not know us.
+
+    `unpacks` says that containerd's transfer service, which pulls for CRI and `ctr` from 2.1 on, unpacks for us.
+    """
 
     version: int
     socket: str
     remap_ids: bool
     cri: bool
+    unpacks: bool
 
 
 def inspect(text: str) -> Installed:
@@ -46,17 +54,36 @@ def inspect(text: str) -> Installed:
     version = _version(top)
     plugin = _table(top, ("proxy_plugins", NAME))
     cri = _table(top, _CRI[version]).get("snapshotter") == NAME
-    return Installed(version, str(plugin.get("address", "")), "remap-ids" in plugin.get("capabilities", ()), cri)
+    remap_ids = "remap-ids" in plugin.get("capabilities", ())
+    return Installed(version, str(plugin.get("address", "")), remap_ids, cri, NAME in _unpacking_for(top))
 
 
-def section(version: int, socket: str, *, cri: bool) -> str:
-    """Our part for a configuration of `version` 2 or 3, as it would stand in a file of its own."""
-    lines = [f"[proxy_plugins.{NAME}]", '  type = "snapshot"', f'  address = "{socket}"']
-    # "rebase", from containerd 2.2 on: layers are unpacked side by side and get their parents at the commit.
-    lines.append('  capabilities = ["remap-ids", "rebase"]')
+def section(text: str, socket: str, *, cri: bool) -> str:
+    """Our part for the configuration in `text`, to be added by hand. Raises: FlatmountError for what is none."""
+    top = _parsed(text)
+    version = _version(top)
+    lines = _proxy(top, socket)
     if cri:
         lines += [*_naming(_CRI[version]), *_for_successors(version)]
     return "\n".join(lines) + "\n"
+
+
+def _proxy(top: dict[str, Any], socket: str) -> list[str]:
+    lines = [f"[proxy_plugins.{NAME}]", '  type = "snapshot"', f'  address = "{socket}"']
+    # "rebase", from containerd 2.2 on: layers may be unpacked side by side and get their parents at the commit.
+    lines.append('  capabilities = ["remap-ids", "rebase"]')
+    # A list in the file takes the place of containerd's own, which has its overlayfs. One that is there is added to.
+    there = _unpacking_for(top)
+    for name in [name for name in ((NAME,) if there else ("overlayfs", NAME)) if name not in there]:
+        lines += ["", f"[[{_dotted((*_TRANSFER, _UNPACKS))}]]", '  platform = "linux"']
+        lines += [f'  snapshotter = "{name}"', '  differ = "walking"']
+    return lines
+
+
+def _unpacking_for(top: dict[str, Any]) -> list[str]:
+    """The snapshotters that the transfer service unpacks for; none where its list is containerd's own."""
+    entries = _table(top, _TRANSFER).get(_UNPACKS, ())
+    return [str(entry.get("snapshotter", "")) for entry in entries if isinstance(entry, dict)]
 
 
 def _for_successors(version: int) -> list[str]:
@@ -88,7 +115,7 @@ def install(text: str, socket: str, *, cri: bool) -> str:
             f"the configuration has a [proxy_plugins.{NAME}] that is not ours", hint="remove it there and try again"
         )
     in_place = _with_snapshotter(clean, _CRI[version]) if cri else None
-    body = section(version, socket, cri=False)
+    body = "\n".join(_proxy(_parsed(clean), socket)) + "\n"
     if in_place is not None:
         clean = in_place
     elif cri:
@@ -101,7 +128,7 @@ def install(text: str, socket: str, *, cri: bool) -> str:
         found = inspect(made)
     except FlatmountError:
         found = None
-    if found is None or found.socket != socket or found.cri < cri:
+    if found is None or found.socket != socket or found.cri < cri or not found.unpacks:
         raise UsageError(
             "the configuration has its tables in another form than a section can be added to (inline tables?)",
             hint="`flatmount containerd install --print` shows what to add by hand",

@@ -117,11 +117,10 @@ class Engine:
     ) -> None:
         """Import an OCI archive with one image, and give it the name `name`."""
         own = ("-n", namespace, "images")
-        options = ("--local",) if self.version.startswith("2") else ()
-        self.ctr(*own, "import", *options, "--snapshotter", snapshotter, archive)
+        self.ctr(*own, "import", "--snapshotter", snapshotter, archive)
         found = [line for line in self.ctr(*own, "ls", "-q").split() if not line.startswith("sha256:")]
         if name not in found:
-            self.ctr(*own, "tag", *options, found[-1], name)
+            self.ctr(*own, "tag", found[-1], name)
 
     def tasks(self, namespace: str = "default") -> dict[str, int]:
         """Running containers and their processes, as seen from here."""
