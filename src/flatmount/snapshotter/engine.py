@@ -12,7 +12,7 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -233,11 +233,15 @@ def engine_version(program: str) -> str:
     return found[1]
 
 
-def call(*command: str, path: str) -> str:
-    """Run a program and return its standard output. Raises: FlatmountError with its last line."""
+def call(*command: str, path: str, environment: Mapping[str, str] | None = None) -> str:
+    """Run a program, with PATH and more in its environment, and return its standard output.
+
+    Raises: FlatmountError with its last line.
+    """
+    more = {"PATH": path, **(environment or {})}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_COMMAND_S, env={**os.environ, "PATH": path}
+            command, capture_output=True, text=True, check=False, timeout=_COMMAND_S, env={**os.environ, **more}
         )
     except subprocess.TimeoutExpired:
         raise FlatmountError(

@@ -12,7 +12,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,19 +24,20 @@ from flatmount.runtime.daemons import afterwards
 from flatmount.snapshotter.cri import Pods
 from flatmount.snapshotter.docker import running_docker
 from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, engine_place, running_engine
+from flatmount.snapshotter.nerdctl import RANGE_FILES, nerdctl_on, offers_ranges, root_has_range
 
-DOORS = ("ctr", "cri", "docker")
+DOORS = ("ctr", "cri", "docker", "nerdctl")
 SCHEMA = "flatmount.containerd.proofs/1"
 _FILE = "proofs.json"
 _MAPPING = Mapping.single(1879048192)
 _DOCKERS = ("docker", _MAPPING)
 _LAYERS = 5
-_NAMES = {"ctr": "default", "cri": "k8s.io", "docker": "moby"}
+_NAMES = {"ctr": "default", "cri": "k8s.io", "docker": "moby", "nerdctl": "default"}
 _SETTLE_S = 20.0
 
 
 class _NotOffered(Exception):
-    """The engine takes no notice of the range it was asked for: pods before containerd 1.7 have none."""
+    """There is no way to ask for a range: pods before containerd 1.7 have none, nor nerdctl with every containerd."""
 
 
 WriteImage = Callable[[str, int], None]
@@ -126,6 +127,8 @@ def _proof(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> 
 def _begun(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> _Begun:
     if door == "docker":
         return _docker_container(engine, archive)
+    if door == "nerdctl":
+        return _nerdctl_container(engine, mapping)
     return _ctr_container(engine, mapping) if door == "ctr" else _pod(engine, mapping)
 
 
@@ -174,16 +177,38 @@ def _docker_container(engine: Engine, archive: str) -> Iterator[tuple[list[str],
             yield [name], [process]
 
 
+@contextmanager
+def _nerdctl_container(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[list[str], list[int]]]:
+    nerdctl = nerdctl_on(engine)
+    with ExitStack() as stack:
+        options: list[str] = []
+        if mapping is not None:
+            if not offers_ranges(engine, nerdctl):
+                raise _NotOffered
+            options = ["--userns-remap", stack.enter_context(root_has_range(engine, mapping))]
+        wanted = ("run", "--detach", "--pull", "never", "--network", "none", *options, PAUSE_IMAGE)
+        name = nerdctl(*wanted).strip()
+
+        def remove() -> None:
+            nerdctl("rm", "--force", name)
+
+        stack.enter_context(afterwards(remove))
+        yield [name], [int(nerdctl("inspect", "--format", "{{.State.Pid}}", name))]
+
+
 def _mount_points() -> set[str]:
     return {entry.mount_point for entry in read_table()}
 
 
 def _of_sandboxes(engine: Engine) -> set[str]:
-    """What CRI and Docker mount besides root file systems: a pod's shm, names of namespaces, Docker's own directory."""
+    """What is mounted besides root file systems.
+
+    By CRI and Docker a pod's shm, names of namespaces and Docker's own directory; by us root's ranges for nerdctl.
+    """
     state = f"{engine.place}/state/io.containerd.grpc.v1.cri/"
     others = (state, "/run/netns/", "/var/run/netns/", f"{engine.place}/docker/exec/")
-    own = f"{engine.place}/docker/data"
-    return {point for point in _mount_points() if point.startswith(others) or point == own}
+    own = (f"{engine.place}/docker/data", *RANGE_FILES)
+    return {point for point in _mount_points() if point.startswith(others) or point in own}
 
 
 def _looked_at(process: int, mapping: Mapping | None) -> str:
