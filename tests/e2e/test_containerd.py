@@ -1,4 +1,7 @@
-"""Debian's containerd and runc with our snapshotter: an image comes in by `ctr`, and containers run from it."""
+"""containerd and runc with our snapshotter: images come in by `ctr`, and containers run from them.
+
+With Debian's, or with those in the directory that FLATMOUNT_CONTAINERD names.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,11 @@ from pathlib import Path
 import pytest
 
 from flatmount.cli.main import main
+from flatmount.image.layer_tar import LayerTar
+from flatmount.image.layout_writer import new_layout
 from flatmount.kernel.namespaces import enter_private_mounts
+from flatmount.snapshotter import containerd as configuration
+from tests import registries
 from tests.snapshotting import Daemon, kept_trees, own_mounts, serving
 
 # Another containerd than the machine's: a directory with containerd, its shim and ctr.
@@ -33,6 +40,10 @@ class Containerd:
 
     directory: Path
     snapshotter: Daemon
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "containerd.log").read_text()
 
     @property
     def program(self) -> str:
@@ -71,6 +82,7 @@ class Containerd:
                 time.sleep(0.1)
 
 
+# Who knows of unpacking layers side by side does it from 2 on; others pass over the key.
 CONFIGURATION = """version = 2
 root = "{place}/root"
 state = "{place}/state"
@@ -79,10 +91,10 @@ disabled_plugins = ["io.containerd.grpc.v1.cri"]
   address = "{place}/c.sock"
 [ttrpc]
   address = "{place}/c.ttrpc"
-[proxy_plugins.flatmount]
-  type = "snapshot"
-  address = "{socket}"
-  capabilities = ["remap-ids", "rebase"]
+[debug]
+  level = "debug"
+[plugins."io.containerd.transfer.v1.local"]
+  max_concurrent_unpacks = 4
 """
 
 
@@ -112,8 +124,8 @@ def open_directory() -> Iterator[Path]:
 def containerd(request: pytest.FixtureRequest) -> Iterator[Containerd]:
     enter_private_mounts()
     with open_directory() as directory, serving(directory, request.param) as snapshotter:
-        text = CONFIGURATION.format(place=directory, socket=snapshotter.socket)
-        (directory / "config.toml").write_text(text)
+        text = CONFIGURATION.format(place=directory)
+        (directory / "config.toml").write_text(configuration.install(text, str(snapshotter.socket), cri=False))
         with open(directory / "containerd.log", "wb") as log:
             process = subprocess.Popen(
                 [shutil.which("containerd", path=PATH) or "containerd", "--config", str(directory / "config.toml")],
@@ -127,7 +139,7 @@ def containerd(request: pytest.FixtureRequest) -> Iterator[Containerd]:
             while subprocess.run(
                 [engine.program, "--address", str(directory / "c.sock"), "version"], capture_output=True, check=False
             ).returncode:
-                assert time.monotonic() < deadline, (directory / "containerd.log").read_text()[-3000:]
+                assert time.monotonic() < deadline, engine.log[-3000:]
                 time.sleep(0.1)
             yield engine
         finally:
@@ -206,6 +218,67 @@ def test_a_mapped_containers_layer_is_right_by_ours_and_not_by_containerds_own_d
     finally:
         containerd.ctr("task", "rm", "--force", "changed")
         containerd.ctr("container", "rm", "changed")
+    containerd.settle()
+
+
+def write_layers(layout: Path) -> None:
+    """An image whose layers take away, hide and link, with a shell: every one of them needs those below to be right."""
+    layers = [LayerTar() for _ in range(8)]
+    for name in ("dev", "proc", "run", "sys", "tmp"):
+        layers[0].directory(name)
+    layers[0].file("bin/busybox", Path("/bin/busybox").read_bytes(), mode=0o755)
+    layers[0].symlink("bin/sh", "busybox")
+    for name in ("etc/gone", "etc/kept", "dir/below", "dir/hidden"):
+        layers[0].file(name, b"0")
+    layers[0].file("etc/owned", b"0", owner=(1000, 1001))
+    layers[1].remove("etc/gone")
+    layers[1].file("dir/above", b"1")
+    layers[2].hide("dir")
+    layers[2].file("dir/only", b"2")
+    layers[3].file("etc/one", b"3")
+    layers[3].hardlink("etc/two", "etc/one")
+    layers[4].file("etc/gone", b"4")
+    layers[5].remove("etc/gone")
+    layers[6].file("etc/kept", b"6")
+    layers[7].directory("tmp", mode=0o700)
+    machine = os.uname().machine.replace("x86_64", "amd64").replace("aarch64", "arm64")
+    with new_layout(str(layout), made_by="a test") as writing:
+        written = [writing.add_layer([layer.finish()]) for layer in layers]
+        config = {"architecture": machine, "os": "linux", "config": {"Env": ["PATH=/bin"]}}
+        writing.add_image(config, written, name="layers")
+
+
+def test_a_pulled_image_is_right_whether_its_layers_came_side_by_side_or_not(
+    containerd: Containerd, tmp_path: Path
+) -> None:
+    """containerd from 2.2 on may unpack all layers at once, each without a parent, and names it at the commit."""
+    write_layers(tmp_path / "layout")
+    with registries.registry_process(tmp_path) as host:
+        reference = f"{host}/test/layers:1"
+        copy = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"]
+        subprocess.run([*copy, f"oci:{tmp_path}/layout:layers", f"docker://{reference}"], check=True, timeout=60)
+        containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "flatmount", reference)
+    asking = [shutil.which("containerd", path=PATH) or "containerd", "config", "default"]
+    defaults = subprocess.run(asking, capture_output=True, text=True, check=True, timeout=30).stdout
+    told = [line for line in containerd.log.splitlines() if 'msg="image unpacked"' in line]
+    assert ("parallel=true" in "".join(told)) is ("max_concurrent_unpacks" in defaults), told
+    script = (
+        "b=/bin/busybox; $b ls /etc /dir; $b stat -c %u:%g /etc/owned; $b stat -c %a /tmp; $b cat /etc/kept; echo;"
+        " [ /etc/one -ef /etc/two ] && echo linked"
+    )
+    mapping = f"0:{FIRST}:65536"
+    try:
+        for name, options in {
+            "plain": (),
+            "mapped": ("--uidmap", mapping, "--gidmap", mapping, "--remap-labels"),
+        }.items():
+            said = containerd.run(reference, name, script, *options).split()
+            assert said == [
+                *("/dir:", "only", "/etc:", "kept", "one", "owned", "two"),
+                *("1000:1001", "700", "6", "linked"),
+            ]
+    finally:
+        containerd.ctr("images", "rm", "--sync", reference)
     containerd.settle()
 
 
