@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,9 @@ from flatmount.kernel.mounts import mount_count
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.observe.tiny_image import write_tiny_image
 from flatmount.snapshotter import containerd, proof
+from flatmount.snapshotter import engine as engine_module
+from flatmount.snapshotter.cri import Pods
+from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, engine_place, running_engine
 
 # Another containerd than the machine's: a directory with containerd, its shim and ctr.
 PROGRAMS = os.environ.get("FLATMOUNT_CONTAINERD", "")
@@ -66,3 +73,70 @@ def test_a_damaged_record_counts_as_none_and_is_written_anew(tmp_path: Path) -> 
     assert proof.read_proofs(str(tmp_path)) == []
     proof.record_proofs(str(tmp_path), [one])
     assert proof.read_proofs(str(tmp_path)) == [one]
+
+
+# Sent from the engine's network: a pod that is reached says that nobody listens there.
+REACHES = """
+import socket, sys
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as line:
+    line.settimeout(5)
+    line.connect((sys.argv[1], 9))
+    line.send(b"x")
+    try:
+        line.recv(1)
+    except ConnectionRefusedError:
+        sys.exit(0)
+sys.exit(1)
+"""
+
+
+@contextmanager
+def engine_with_bridge() -> Iterator[Engine]:
+    """An engine whose pods are connected, in a network namespace of its own, with the image of a proof."""
+    with engine_place() as place:
+        image(f"{place}/image", 5)
+        subprocess.run(["tar", "-C", f"{place}/image", "-cf", f"{place}/image.tar", "."], check=True)
+        os.mkdir(f"{place}/engine", 0o711)
+        with running_engine(f"{place}/engine", cri=True, bridge=True, programs=PROGRAMS) as engine:
+            engine.take_image(f"{place}/image.tar", PAUSE_IMAGE, namespace="k8s.io")
+            yield engine
+
+
+def test_pods_are_connected_by_real_network_plugins() -> None:
+    enter_private_mounts()
+    host = os.listdir("/sys/class/net")
+    with engine_with_bridge() as engine, Pods(engine.socket) as pods:
+        begun = []
+        for name in ("one", "two"):
+            pod, config = pods.run(name, own_network=True)
+            pods.start(pod, config, PAUSE_IMAGE)
+            begun.append(pod)
+        addresses = engine.addresses()
+        assert len(addresses) == 2
+        for address in addresses:
+            command = ["nsenter", f"--net=/proc/{engine.process}/ns/net", sys.executable, "-c", REACHES, address]
+            subprocess.run(command, check=True, timeout=30)
+        for pod in begun:
+            pods.remove(pod)
+        assert engine.addresses() == []
+    assert os.listdir("/sys/class/net") == host
+
+
+def test_the_door_of_connected_pods_is_proven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    enter_private_mounts()
+    before = mount_count()
+    command = ["containerd", "prove", "--root", str(tmp_path), "--door", "cni", "--engine", PROGRAMS, "--json"]
+    code = main(command)
+    proofs = json.loads(capsys.readouterr().out)["proofs"]
+    assert [(one["door"], one["problem"]) for one in proofs] == [("cni", "")] * len(proofs)
+    assert code == 0
+    seen = {one["mapped"]: one["mounts"] for one in proofs}
+    assert seen in ({False: 2}, {False: 2, True: 3})
+    assert mount_count() == before
+
+
+def test_a_pod_whose_network_stays_empty_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter_private_mounts()
+    monkeypatch.setattr(engine_module, "_write_bridge", lambda place, programs: engine_module._write_network(place))
+    (plain, *_) = proof.prove(("cni",), image, programs=PROGRAMS)
+    assert "its network has" in plain.problem

@@ -75,7 +75,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         epilog="example: flatmount containerd prove --engine /opt/containerd-2.1/bin",
     )
     prove.add_argument(
-        "--door", default="ctr,cri", metavar="DOOR,...", help="of ctr, cri, docker and nerdctl (default: %(default)s)"
+        "--door",
+        default="ctr,cri",
+        metavar="DOOR,...",
+        help="of ctr, cri, cni (pods in networks of their own, by CNI's bridge plugin), docker and nerdctl "
+        "(default: %(default)s)",
     )
     prove.add_argument(
         "--engine", default="", metavar="DIR", help="where containerd, its shim and ctr are, before PATH"

@@ -29,8 +29,10 @@ class Pods:
     def __exit__(self, *_: object) -> None:
         self._channel.close()
 
-    def run(self, name: str, *, mapping: Mapping | None = None) -> tuple[str, wire.PodSandboxConfig]:
-        """Start a pod in the host's network, or with a mapping in a user namespace and an empty network of its own.
+    def run(
+        self, name: str, *, mapping: Mapping | None = None, own_network: bool = False
+    ) -> tuple[str, wire.PodSandboxConfig]:
+        """Start a pod in the engine's network, or in one of its own, as every pod in a user namespace is.
 
         Returns its id, and its configuration for `start`. Raises: FlatmountError with the engine's word.
         """
@@ -38,7 +40,7 @@ class Pods:
             metadata=wire.PodSandboxMetadata(name=name, uid=name, namespace="flatmount"),
             linux=wire.LinuxPodSandboxConfig(
                 cgroup_parent=f"/flatmount/{name}",
-                security_context=wire.LinuxSandboxSecurityContext(namespace_options=_options(mapping)),
+                security_context=wire.LinuxSandboxSecurityContext(namespace_options=_options(mapping, own_network)),
             ),
         )
         return self._call("RunPodSandbox", wire.RunPodSandboxRequest(config=config), wire.Id).id, config
@@ -71,11 +73,11 @@ class Pods:
             raise FlatmountError(f"{method}: {error.details()}", hint="see containerd's log") from None
 
 
-def _options(mapping: Mapping | None) -> wire.NamespaceOption:
-    # The host's network takes no plugin, but a user namespace cannot have it.
-    options = wire.NamespaceOption(network=wire.NODE, pid=wire.CONTAINER, ipc=wire.POD)
+def _options(mapping: Mapping | None, own_network: bool) -> wire.NamespaceOption:
+    # The engine's network takes no plugin, but a user namespace cannot have it.
+    network = wire.NODE if mapping is None and not own_network else wire.POD
+    options = wire.NamespaceOption(network=network, pid=wire.CONTAINER, ipc=wire.POD)
     if mapping is not None:
-        options.network = wire.POD
         options.userns_options.CopyFrom(
             wire.UserNamespace(
                 mode=wire.POD,

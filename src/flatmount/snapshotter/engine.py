@@ -56,10 +56,18 @@ _CRI = """[plugins."io.containerd.grpc.v1.cri"]
   restrict_oom_score_adj = true
 [plugins."io.containerd.grpc.v1.cri".cni]
   conf_dir = "{place}/cni"
-  bin_dir = "{place}/cni/bin"
+  bin_dir = "{plugins}"
 [plugins."io.containerd.grpc.v1.cri".containerd]
   default_runtime_name = "runc"
 """
+# The network of TEST-NET-1, in a network namespace of the engine's own: the host's is not touched.
+POD_SUBNET = "192.0.2."
+_BRIDGE = """{{"cniVersion": "0.4.0", "name": "flatmount", "plugins": [{{"type": "bridge", "bridge": "flatmount0",
+ "isGateway": true, "ipMasq": false, "ipam": {{"type": "host-local", "dataDir": "{place}/addresses",
+ "ranges": [[{{"subnet": "{subnet}0/24"}}]], "routes": [{{"dst": "0.0.0.0/0"}}]}}}}]}}
+"""
+_PLUGINS = ("bridge", "host-local", "loopback")
+_PLUGIN_PLACES = ("/usr/lib/cni", "/opt/cni/bin", "/usr/libexec/cni")
 # A pod in a user namespace has a network of its own, and CRI asks for plugins and an address. This one leaves it empty.
 _NETWORK = """{"cniVersion": "0.4.0", "name": "none", "plugins": [{"type": "flatmount-none"}]}
 """
@@ -100,6 +108,13 @@ class Engine:
     def snapshots(self) -> str:
         """The directories of our service's snapshots, one for each number."""
         return f"{self.place}/store/v1/data/snapshots"
+
+    def addresses(self) -> list[str]:
+        """What pods have of the engine's own network, where it has one."""
+        try:
+            return [name for name in os.listdir(f"{self.place}/cni/addresses/flatmount") if name.startswith(POD_SUBNET)]
+        except FileNotFoundError:
+            return []
 
     def command(self, *arguments: str) -> list[str]:
         """A call of `ctr`."""
@@ -178,13 +193,17 @@ def _clear(path: str) -> None:
 
 
 @contextmanager
-def running_engine(place: str, *, form: str = "auto", cri: bool = False, programs: str = "") -> Iterator[Engine]:
+def running_engine(
+    place: str, *, form: str = "auto", cri: bool = False, bridge: bool = False, programs: str = ""
+) -> Iterator[Engine]:
     """A containerd and a snapshot service of their own below the empty directory `place`, ended when the block is left.
 
     Args:
         place: absolute, 0711 or wider all the way: a runtime in a user namespace walks through it.
         form: the service's.
         cri: with Kubernetes' door, where our service is the snapshotter.
+        bridge: containerd has a network namespace of its own, in which the CNI plugins `bridge`, `host-local` and
+            `loopback` connect the pods that have a network; without it such a network stays empty.
         programs: a directory that containerd, its shim and ctr are taken from; "" for PATH.
 
     Mounts are made in the calling thread's mount namespace. Raises: MissingFeature, FlatmountError.
@@ -197,10 +216,13 @@ def running_engine(place: str, *, form: str = "auto", cri: bool = False, program
         raise MissingFeature("containerd is not installed", hint="install it, or name a directory that has it")
     version = engine_version(program)
     store, run = f"{place}/store", f"{place}/run"
-    disabled = "" if cri else _NO_CRI
-    text = _TOP.format(place=place, disabled=disabled) + (_CRI.format(place=place, pause=PAUSE_IMAGE) if cri else "")
+    command = [program, "--config", f"{place}/config.toml"]
+    text = _TOP.format(place=place, disabled="" if cri else _NO_CRI)
     if cri:
-        _write_network(f"{place}/cni")
+        plugins = _write_bridge(f"{place}/cni", programs) if bridge else _write_network(f"{place}/cni")
+        text += _CRI.format(place=place, plugins=plugins, pause=PAUSE_IMAGE)
+    if bridge:
+        command = [*_apart(path), *command]
     with open(f"{place}/config.toml", "w", encoding="utf-8") as file:
         file.write(containerd.install(text, f"{run}/snapshotter.sock", cri=cri))
     service_command = [sys.executable, "-P", "-m", "flatmount", "snapshotter", "--root", store, "--form", form]
@@ -210,7 +232,7 @@ def running_engine(place: str, *, form: str = "auto", cri: bool = False, program
     service = start_program(service_command, f"{place}/service.log", {**environment, "FLATMOUNT_RUN": run})
     try:
         wait_for(lambda: os.path.exists(f"{run}/snapshotter.sock"), service, f"{place}/service.log")
-        daemon = start_program([program, "--config", f"{place}/config.toml"], f"{place}/containerd.log", environment)
+        daemon = start_program(command, f"{place}/containerd.log", environment)
         try:
             engine = Engine(place, version, form, path, daemon.pid, service.pid)
             wait_for(lambda: _serves(engine), daemon, f"{place}/containerd.log")
@@ -253,7 +275,29 @@ def call(*command: str, path: str, environment: Mapping[str, str] | None = None)
     return done.stdout
 
 
-def _write_network(place: str) -> None:
+def _apart(path: str) -> tuple[str, ...]:
+    unshare = shutil.which("unshare", path=path)
+    if unshare is None:
+        raise MissingFeature("unshare is not installed", hint="install util-linux")
+    return unshare, "--net", "--"
+
+
+def _write_bridge(place: str, programs: str) -> str:
+    """A network of real plugins. Returns the directory that has them."""
+    for plugins in filter(None, (programs, *_PLUGIN_PLACES)):
+        if all(os.access(f"{plugins}/{name}", os.X_OK) for name in _PLUGINS):
+            os.makedirs(place, exist_ok=True)
+            with open(f"{place}/10-bridge.conflist", "w", encoding="utf-8") as file:
+                file.write(_BRIDGE.format(place=place, subnet=POD_SUBNET))
+            return plugins
+    raise MissingFeature(
+        f"the network plugins {', '.join(_PLUGINS)} are not installed",
+        hint="install containernetworking-plugins, or put them into --engine DIR",
+    )
+
+
+def _write_network(place: str) -> str:
+    """A network that stays empty. Returns the directory with its plugins."""
     os.makedirs(f"{place}/bin", exist_ok=True)
     with open(f"{place}/10-none.conflist", "w", encoding="utf-8") as file:
         file.write(_NETWORK)
@@ -261,6 +305,7 @@ def _write_network(place: str) -> None:
         with open(f"{place}/bin/{name}", "w", encoding="utf-8") as file:
             file.write(_PLUGIN)
             os.fchmod(file.fileno(), 0o755)
+    return f"{place}/bin"
 
 
 def _serves(engine: Engine) -> bool:

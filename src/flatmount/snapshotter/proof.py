@@ -23,16 +23,17 @@ from flatmount.plan.mapping import Mapping
 from flatmount.runtime.daemons import afterwards
 from flatmount.snapshotter.cri import Pods
 from flatmount.snapshotter.docker import running_docker
-from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, engine_place, running_engine
+from flatmount.snapshotter.engine import PAUSE_IMAGE, POD_SUBNET, Engine, engine_place, running_engine
 from flatmount.snapshotter.nerdctl import RANGE_FILES, nerdctl_on, offers_ranges, root_has_range
 
-DOORS = ("ctr", "cri", "docker", "nerdctl")
+# "cni" is Kubernetes' door with pods in networks of their own, which real plugins make.
+DOORS = ("ctr", "cri", "cni", "docker", "nerdctl")
 SCHEMA = "flatmount.containerd.proofs/1"
 _FILE = "proofs.json"
 _MAPPING = Mapping.single(1879048192)
 _DOCKERS = ("docker", _MAPPING)
 _LAYERS = 5
-_NAMES = {"ctr": "default", "cri": "k8s.io", "docker": "moby", "nerdctl": "default"}
+_NAMES = {"ctr": "default", "cri": "k8s.io", "cni": "k8s.io", "docker": "moby", "nerdctl": "default"}
 _SETTLE_S = 20.0
 
 
@@ -86,7 +87,8 @@ def prove(doors: Sequence[str], write_image: WriteImage, *, form: str = "auto", 
         subprocess.run(["tar", "-C", f"{place}/image", "-cf", archive, "."], check=True)
         work = f"{place}/engine"
         os.mkdir(work, 0o711)
-        with running_engine(work, form=form, cri="cri" in doors, programs=programs) as engine:
+        cni = "cni" in doors
+        with running_engine(work, form=form, cri=cni or "cri" in doors, bridge=cni, programs=programs) as engine:
             # Docker has one range for all of its containers and tells snapshotters of none.
             asked = [(door, mapping) for door in doors for mapping in (None, _MAPPING) if (door, mapping) != _DOCKERS]
             made = (_proof(engine, door, mapping, archive) for door, mapping in asked)
@@ -106,6 +108,7 @@ def _proof(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> 
                 problem = problem or _not_ours(engine, door, name)
             for process in processes:
                 problem = problem or _looked_at(process, mapping)
+                problem = problem or (_network_of(process) if door == "cni" else "")
         problem = problem or _settled(engine, before)
     except _NotOffered:
         _settled(engine, before)
@@ -129,7 +132,7 @@ def _begun(engine: Engine, door: str, mapping: Mapping | None, archive: str) -> 
         return _docker_container(engine, archive)
     if door == "nerdctl":
         return _nerdctl_container(engine, mapping)
-    return _ctr_container(engine, mapping) if door == "ctr" else _pod(engine, mapping)
+    return _ctr_container(engine, mapping) if door == "ctr" else _pod(engine, mapping, own_network=door == "cni")
 
 
 def _not_ours(engine: Engine, door: str, name: str) -> str:
@@ -153,9 +156,9 @@ def _ctr_container(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[li
 
 
 @contextmanager
-def _pod(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[list[str], list[int]]]:
+def _pod(engine: Engine, mapping: Mapping | None, *, own_network: bool) -> Iterator[tuple[list[str], list[int]]]:
     with Pods(engine.socket) as pods:
-        pod, config = pods.run("proof", mapping=mapping)
+        pod, config = pods.run("proof", mapping=mapping, own_network=own_network)
         with afterwards(lambda: pods.remove(pod)):
             container = pods.start(pod, config, PAUSE_IMAGE)
             tasks = engine.tasks(_NAMES["cri"])
@@ -235,6 +238,17 @@ def _looked_at(process: int, mapping: Mapping | None) -> str:
     return ""
 
 
+def _network_of(process: int) -> str:
+    """What is wrong with the network of a pod's container, seen from outside; "" for nothing."""
+    devices = {line.partition(":")[0].strip() for line in Path(f"/proc/{process}/net/dev").read_text().splitlines()[2:]}
+    if not {"lo", "eth0"} <= devices:
+        return f"its network has {sorted(devices)}, and neither lo nor eth0 may be missing"
+    addresses = Path(f"/proc/{process}/net/fib_trie").read_text()
+    if POD_SUBNET not in addresses or "127.0.0.1" not in addresses:
+        return "its network has no address"
+    return ""
+
+
 def _settled(engine: Engine, before: set[str]) -> str:
     # A lease that is given back with --sync makes containerd collect now what removed containers left.
     engine.ctr("leases", "create", "--id", "proof")
@@ -244,7 +258,7 @@ def _settled(engine: Engine, before: set[str]) -> str:
         if time.monotonic() > deadline:
             return f"mounts stay behind: {sorted(left)[:3]}"
         time.sleep(0.1)
-    return ""
+    return f"addresses stay behind: {engine.addresses()}" if engine.addresses() else ""
 
 
 def read_proofs(root: str) -> list[Proof]:
