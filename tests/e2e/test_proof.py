@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from flatmount.cli.main import main
+from flatmount.errors import FlatmountError
 from flatmount.kernel.mounts import mount_count
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.observe.tiny_image import write_tiny_image
-from flatmount.snapshotter import containerd, proof
+from flatmount.snapshotter import containerd, cri, proof
 from flatmount.snapshotter import engine as engine_module
 from flatmount.snapshotter.cri import Pods
 from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, engine_place, running_engine
@@ -102,10 +103,12 @@ def engine_with_bridge() -> Iterator[Engine]:
             yield engine
 
 
-def test_pods_are_connected_by_real_network_plugins() -> None:
+def test_pods_are_connected_by_real_network_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     enter_private_mounts()
+    monkeypatch.setattr(cri, "_TOLD_S", 5.0)
     host = os.listdir("/sys/class/net")
     with engine_with_bridge() as engine, Pods(engine.socket) as pods:
+        pods.wait_for_image(PAUSE_IMAGE)
         begun = []
         for name in ("one", "two"):
             pod, config = pods.run(name, own_network=True)
@@ -119,6 +122,8 @@ def test_pods_are_connected_by_real_network_plugins() -> None:
         for pod in begun:
             pods.remove(pod)
         assert engine.addresses() == []
+        with pytest.raises(FlatmountError, match="does not know of localhost/another"):
+            pods.wait_for_image("localhost/another:latest")
     assert os.listdir("/sys/class/net") == host
 
 

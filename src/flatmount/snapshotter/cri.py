@@ -1,10 +1,11 @@
 """Kubernetes' door, from its outside: a client that starts one pod with one container, as a kubelet does.
 
-See: the public CRI, runtime.v1.RuntimeService.
+See: the public CRI, runtime.v1.RuntimeService and runtime.v1.ImageService.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import grpc
@@ -14,7 +15,9 @@ from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter.wire import cri_pb2 as wire
 
 _SERVICE = "runtime.v1.RuntimeService"
+_IMAGES = "runtime.v1.ImageService"
 _CALL_S = 60.0
+_TOLD_S = 20.0
 
 
 class Pods:
@@ -28,6 +31,15 @@ class Pods:
 
     def __exit__(self, *_: object) -> None:
         self._channel.close()
+
+    def wait_for_image(self, image: str) -> None:
+        """Wait until CRI knows an image that containerd has: it is told by an event. Raises: FlatmountError."""
+        deadline = time.monotonic() + _TOLD_S
+        request = wire.ImageStatusRequest(image=wire.ImageSpec(image=image))
+        while not self._call("ImageStatus", request, wire.ImageStatusResponse, service=_IMAGES).HasField("image"):
+            if time.monotonic() > deadline:
+                raise FlatmountError(f"CRI does not know of {image}", hint="see containerd's log")
+            time.sleep(0.05)
 
     def run(
         self, name: str, *, mapping: Mapping | None = None, own_network: bool = False
@@ -65,8 +77,8 @@ class Pods:
         self._call("StopPodSandbox", wire.Id(id=pod), wire.Nothing)
         self._call("RemovePodSandbox", wire.Id(id=pod), wire.Nothing)
 
-    def _call(self, method: str, request: Any, answer: Any) -> Any:
-        call = self._channel.unary_unary(f"/{_SERVICE}/{method}", type(request).SerializeToString, answer.FromString)
+    def _call(self, method: str, request: Any, answer: Any, *, service: str = _SERVICE) -> Any:
+        call = self._channel.unary_unary(f"/{service}/{method}", type(request).SerializeToString, answer.FromString)
         try:
             return call(request, timeout=_CALL_S)
         except grpc.RpcError as error:

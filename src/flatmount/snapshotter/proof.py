@@ -158,6 +158,7 @@ def _ctr_container(engine: Engine, mapping: Mapping | None) -> Iterator[tuple[li
 @contextmanager
 def _pod(engine: Engine, mapping: Mapping | None, *, own_network: bool) -> Iterator[tuple[list[str], list[int]]]:
     with Pods(engine.socket) as pods:
+        pods.wait_for_image(PAUSE_IMAGE)
         pod, config = pods.run("proof", mapping=mapping, own_network=own_network)
         with afterwards(lambda: pods.remove(pod)):
             container = pods.start(pod, config, PAUSE_IMAGE)

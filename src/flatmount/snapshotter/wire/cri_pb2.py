@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$flatmount/snapshotter/wire/cri.proto\x12\nruntime.v1\"B\n\tIDMapping\x12\x0f\n\x07host_id\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontainer_id\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x82\x01\n\rUserNamespace\x12\'\n\x04mode\x18\x01 \x01(\x0e\x32\x19.runtime.v1.NamespaceMode\x12#\n\x04uids\x18\x02 \x03(\x0b\x32\x15.runtime.v1.IDMapping\x12#\n\x04gids\x18\x03 \x03(\x0b\x32\x15.runtime.v1.IDMapping\"\xc0\x01\n\x0fNamespaceOption\x12*\n\x07network\x18\x01 \x01(\x0e\x32\x19.runtime.v1.NamespaceMode\x12&\n\x03pid\x18\x02 \x01(\x0e\x32\x19.runtime.v1.NamespaceMode\x12&\n\x03ipc\x18\x03 \x01(\x0e\x32\x19.runtime.v1.NamespaceMode\x12\x31\n\x0euserns_options\x18\x05 \x01(\x0b\x32\x19.runtime.v1.UserNamespace\"U\n\x1bLinuxSandboxSecurityContext\x12\x36\n\x11namespace_options\x18\x01 \x01(\x0b\x32\x1b.runtime.v1.NamespaceOption\"q\n\x15LinuxPodSandboxConfig\x12\x15\n\rcgroup_parent\x18\x01 \x01(\t\x12\x41\n\x10security_context\x18\x02 \x01(\x0b\x32\'.runtime.v1.LinuxSandboxSecurityContext\"S\n\x12PodSandboxMetadata\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\x9f\x01\n\x10PodSandboxConfig\x12\x30\n\x08metadata\x18\x01 \x01(\x0b\x32\x1e.runtime.v1.PodSandboxMetadata\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x15\n\rlog_directory\x18\x03 \x01(\t\x12\x30\n\x05linux\x18\x08 \x01(\x0b\x32!.runtime.v1.LinuxPodSandboxConfig\"D\n\x14RunPodSandboxRequest\x12,\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1c.runtime.v1.PodSandboxConfig\"\x10\n\x02Id\x12\n\n\x02id\x18\x01 \x01(\t\"2\n\x11\x43ontainerMetadata\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x1a\n\tImageSpec\x12\r\n\x05image\x18\x01 \x01(\t\"W\n\x1dLinuxContainerSecurityContext\x12\x36\n\x11namespace_options\x18\x03 \x01(\x0b\x32\x1b.runtime.v1.NamespaceOption\"[\n\x14LinuxContainerConfig\x12\x43\n\x10security_context\x18\x02 \x01(\x0b\x32).runtime.v1.LinuxContainerSecurityContext\"\xbc\x01\n\x0f\x43ontainerConfig\x12/\n\x08metadata\x18\x01 \x01(\x0b\x32\x1d.runtime.v1.ContainerMetadata\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x15.runtime.v1.ImageSpec\x12\x0f\n\x07\x63ommand\x18\x03 \x03(\t\x12\x10\n\x08log_path\x18\x0b \x01(\t\x12/\n\x05linux\x18\x0f \x01(\x0b\x32 .runtime.v1.LinuxContainerConfig\"\x93\x01\n\x16\x43reateContainerRequest\x12\x16\n\x0epod_sandbox_id\x18\x01 \x01(\t\x12+\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1b.runtime.v1.ContainerConfig\x12\x34\n\x0esandbox_config\x18\x03 \x01(\x0b\x32\x1c.runtime.v1.PodSandboxConfig\"=\n\x14StopContainerRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07timeout\x18\x02 \x01(\x03\"\t\n\x07Nothing*=\n\rNamespaceMode\x12\x07\n\x03POD\x10\x00\x12\r\n\tCONTAINER\x10\x01\x12\x08\n\x04NODE\x10\x02\x12\n\n\x06TARGET\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$flatmount/snapshotter/wire/cri.proto\x12\nruntime.v1\"B\n\tIDMapping\x12\x0f\n\x07host_id\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontainer_id\x18\x02 \x01(\r\x12\x0e\n\x06length\x18\x03 \x01(\r\"\x82\x01\n\rUserNamespace\x12\'\n\x04mode\x18\x01 \x01(\x0e\x32\x19.runtime.v1.NamespaceMode\x12#\n\x04uids\x18\x02 \x03(\x0b\x32\x15.runtime.v1.IDMapping\x12#\n\x04gids\x18\x03 \x03(\x0b\x32\x15.runtime.v1.IDMapping\"\xc0\x01\n\x0fNamespaceOption\x12*\n\x07network\x18\x01 \x01(\x0e\x32\x19.runtime.v1.NamespaceMode\x12&\n\x03pid\x18\x02 \x01(\x0e\x32\x19.runtime.v1.NamespaceMode\x12&\n\x03ipc\x18\x03 \x01(\x0e\x32\x19.runtime.v1.NamespaceMode\x12\x31\n\x0euserns_options\x18\x05 \x01(\x0b\x32\x19.runtime.v1.UserNamespace\"U\n\x1bLinuxSandboxSecurityContext\x12\x36\n\x11namespace_options\x18\x01 \x01(\x0b\x32\x1b.runtime.v1.NamespaceOption\"q\n\x15LinuxPodSandboxConfig\x12\x15\n\rcgroup_parent\x18\x01 \x01(\t\x12\x41\n\x10security_context\x18\x02 \x01(\x0b\x32\'.runtime.v1.LinuxSandboxSecurityContext\"S\n\x12PodSandboxMetadata\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x04 \x01(\r\"\x9f\x01\n\x10PodSandboxConfig\x12\x30\n\x08metadata\x18\x01 \x01(\x0b\x32\x1e.runtime.v1.PodSandboxMetadata\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x15\n\rlog_directory\x18\x03 \x01(\t\x12\x30\n\x05linux\x18\x08 \x01(\x0b\x32!.runtime.v1.LinuxPodSandboxConfig\"D\n\x14RunPodSandboxRequest\x12,\n\x06\x63onfig\x18\x01 \x01(\x0b\x32\x1c.runtime.v1.PodSandboxConfig\"\x10\n\x02Id\x12\n\n\x02id\x18\x01 \x01(\t\"2\n\x11\x43ontainerMetadata\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\x1a\n\tImageSpec\x12\r\n\x05image\x18\x01 \x01(\t\":\n\x12ImageStatusRequest\x12$\n\x05image\x18\x01 \x01(\x0b\x32\x15.runtime.v1.ImageSpec\"\x13\n\x05Image\x12\n\n\x02id\x18\x01 \x01(\t\"7\n\x13ImageStatusResponse\x12 \n\x05image\x18\x01 \x01(\x0b\x32\x11.runtime.v1.Image\"W\n\x1dLinuxContainerSecurityContext\x12\x36\n\x11namespace_options\x18\x03 \x01(\x0b\x32\x1b.runtime.v1.NamespaceOption\"[\n\x14LinuxContainerConfig\x12\x43\n\x10security_context\x18\x02 \x01(\x0b\x32).runtime.v1.LinuxContainerSecurityContext\"\xbc\x01\n\x0f\x43ontainerConfig\x12/\n\x08metadata\x18\x01 \x01(\x0b\x32\x1d.runtime.v1.ContainerMetadata\x12$\n\x05image\x18\x02 \x01(\x0b\x32\x15.runtime.v1.ImageSpec\x12\x0f\n\x07\x63ommand\x18\x03 \x03(\t\x12\x10\n\x08log_path\x18\x0b \x01(\t\x12/\n\x05linux\x18\x0f \x01(\x0b\x32 .runtime.v1.LinuxContainerConfig\"\x93\x01\n\x16\x43reateContainerRequest\x12\x16\n\x0epod_sandbox_id\x18\x01 \x01(\t\x12+\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1b.runtime.v1.ContainerConfig\x12\x34\n\x0esandbox_config\x18\x03 \x01(\x0b\x32\x1c.runtime.v1.PodSandboxConfig\"=\n\x14StopContainerRequest\x12\x14\n\x0c\x63ontainer_id\x18\x01 \x01(\t\x12\x0f\n\x07timeout\x18\x02 \x01(\x03\"\t\n\x07Nothing*=\n\rNamespaceMode\x12\x07\n\x03POD\x10\x00\x12\r\n\tCONTAINER\x10\x01\x12\x08\n\x04NODE\x10\x02\x12\n\n\x06TARGET\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'flatmount.snapshotter.wire.cri_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_NAMESPACEMODE']._serialized_start=1662
-  _globals['_NAMESPACEMODE']._serialized_end=1723
+  _globals['_NAMESPACEMODE']._serialized_start=1800
+  _globals['_NAMESPACEMODE']._serialized_end=1861
   _globals['_IDMAPPING']._serialized_start=52
   _globals['_IDMAPPING']._serialized_end=118
   _globals['_USERNAMESPACE']._serialized_start=121
@@ -55,16 +55,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONTAINERMETADATA']._serialized_end=1035
   _globals['_IMAGESPEC']._serialized_start=1037
   _globals['_IMAGESPEC']._serialized_end=1063
-  _globals['_LINUXCONTAINERSECURITYCONTEXT']._serialized_start=1065
-  _globals['_LINUXCONTAINERSECURITYCONTEXT']._serialized_end=1152
-  _globals['_LINUXCONTAINERCONFIG']._serialized_start=1154
-  _globals['_LINUXCONTAINERCONFIG']._serialized_end=1245
-  _globals['_CONTAINERCONFIG']._serialized_start=1248
-  _globals['_CONTAINERCONFIG']._serialized_end=1436
-  _globals['_CREATECONTAINERREQUEST']._serialized_start=1439
-  _globals['_CREATECONTAINERREQUEST']._serialized_end=1586
-  _globals['_STOPCONTAINERREQUEST']._serialized_start=1588
-  _globals['_STOPCONTAINERREQUEST']._serialized_end=1649
-  _globals['_NOTHING']._serialized_start=1651
-  _globals['_NOTHING']._serialized_end=1660
+  _globals['_IMAGESTATUSREQUEST']._serialized_start=1065
+  _globals['_IMAGESTATUSREQUEST']._serialized_end=1123
+  _globals['_IMAGE']._serialized_start=1125
+  _globals['_IMAGE']._serialized_end=1144
+  _globals['_IMAGESTATUSRESPONSE']._serialized_start=1146
+  _globals['_IMAGESTATUSRESPONSE']._serialized_end=1201
+  _globals['_LINUXCONTAINERSECURITYCONTEXT']._serialized_start=1203
+  _globals['_LINUXCONTAINERSECURITYCONTEXT']._serialized_end=1290
+  _globals['_LINUXCONTAINERCONFIG']._serialized_start=1292
+  _globals['_LINUXCONTAINERCONFIG']._serialized_end=1383
+  _globals['_CONTAINERCONFIG']._serialized_start=1386
+  _globals['_CONTAINERCONFIG']._serialized_end=1574
+  _globals['_CREATECONTAINERREQUEST']._serialized_start=1577
+  _globals['_CREATECONTAINERREQUEST']._serialized_end=1724
+  _globals['_STOPCONTAINERREQUEST']._serialized_start=1726
+  _globals['_STOPCONTAINERREQUEST']._serialized_end=1787
+  _globals['_NOTHING']._serialized_start=1789
+  _globals['_NOTHING']._serialized_end=1798
 # @@protoc_insertion_point(module_scope)
