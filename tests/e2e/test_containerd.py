@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -221,8 +221,11 @@ def test_a_mapped_containers_layer_is_right_by_ours_and_not_by_containerds_own_d
     containerd.settle()
 
 
-def write_layers(layout: Path) -> None:
-    """An image whose layers take away, hide and link, with a shell: every one of them needs those below to be right."""
+def write_layers(layout: Path, *, wrong: int | None = None) -> None:
+    """An image whose layers take away, hide and link, with a shell: every one of them needs those below to be right.
+
+    Layer number `wrong` is another than its configuration says.
+    """
     layers = [LayerTar() for _ in range(8)]
     for name in ("dev", "proc", "run", "sys", "tmp"):
         layers[0].directory(name)
@@ -244,8 +247,30 @@ def write_layers(layout: Path) -> None:
     machine = os.uname().machine.replace("x86_64", "amd64").replace("aarch64", "arm64")
     with new_layout(str(layout), made_by="a test") as writing:
         written = [writing.add_layer([layer.finish()]) for layer in layers]
+        if wrong is not None:
+            written[wrong] = replace(written[wrong], diff_id=f"sha256:{'0' * 64}")
         config = {"architecture": machine, "os": "linux", "config": {"Env": ["PATH=/bin"]}}
         writing.add_image(config, written, name="layers")
+
+
+def push(layout: Path, host: str) -> str:
+    """Bring an image of `write_layers` into a registry; its reference there."""
+    reference = f"{host}/test/layers:1"
+    copy = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"]
+    subprocess.run([*copy, f"oci:{layout}:layers", f"docker://{reference}"], check=True, timeout=60)
+    return reference
+
+
+def test_a_pull_that_fails_at_a_layer_leaves_nothing_half_unpacked(containerd: Containerd, tmp_path: Path) -> None:
+    """Side by side or not, containerd takes back what it has begun."""
+    write_layers(tmp_path / "layout", wrong=4)
+    with registries.registry_process(tmp_path) as host:
+        command = [containerd.program, "--address", str(containerd.directory / "c.sock"), "images", "pull"]
+        command += ["--plain-http", "--snapshotter", "flatmount", push(tmp_path / "layout", host)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode
+    assert "wrong diff id" in done.stderr
+    containerd.settle()
 
 
 def test_a_pulled_image_is_right_whether_its_layers_came_side_by_side_or_not(
@@ -254,9 +279,7 @@ def test_a_pulled_image_is_right_whether_its_layers_came_side_by_side_or_not(
     """containerd from 2.2 on may unpack all layers at once, each without a parent, and names it at the commit."""
     write_layers(tmp_path / "layout")
     with registries.registry_process(tmp_path) as host:
-        reference = f"{host}/test/layers:1"
-        copy = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"]
-        subprocess.run([*copy, f"oci:{tmp_path}/layout:layers", f"docker://{reference}"], check=True, timeout=60)
+        reference = push(tmp_path / "layout", host)
         containerd.ctr("images", "pull", "--plain-http", "--snapshotter", "flatmount", reference)
     asking = [shutil.which("containerd", path=PATH) or "containerd", "config", "default"]
     defaults = subprocess.run(asking, capture_output=True, text=True, check=True, timeout=30).stdout
