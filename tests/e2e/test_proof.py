@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import grpc
 import pytest
 
 from flatmount.cli.main import main
@@ -21,6 +22,8 @@ from flatmount.snapshotter import containerd, cri, proof
 from flatmount.snapshotter import engine as engine_module
 from flatmount.snapshotter.cri import Pods
 from flatmount.snapshotter.engine import PAUSE_IMAGE, Engine, engine_place, running_engine
+from flatmount.snapshotter.wire import cri_pb2 as wire
+from tests import registries
 
 # Another containerd than the machine's: a directory with containerd, its shim and ctr.
 PROGRAMS = os.environ.get("FLATMOUNT_CONTAINERD", "")
@@ -92,13 +95,13 @@ sys.exit(1)
 
 
 @contextmanager
-def engine_with_bridge() -> Iterator[Engine]:
-    """An engine whose pods are connected, in a network namespace of its own, with the image of a proof."""
+def kubernetes(*, bridge: bool) -> Iterator[Engine]:
+    """An engine with CRI and the image of a proof; with `bridge` in a network namespace of its own."""
     with engine_place() as place:
         image(f"{place}/image", 5)
         subprocess.run(["tar", "-C", f"{place}/image", "-cf", f"{place}/image.tar", "."], check=True)
         os.mkdir(f"{place}/engine", 0o711)
-        with running_engine(f"{place}/engine", cri=True, bridge=True, programs=PROGRAMS) as engine:
+        with running_engine(f"{place}/engine", cri=True, bridge=bridge, programs=PROGRAMS) as engine:
             engine.take_image(f"{place}/image.tar", PAUSE_IMAGE, namespace="k8s.io")
             yield engine
 
@@ -107,7 +110,7 @@ def test_pods_are_connected_by_real_network_plugins(monkeypatch: pytest.MonkeyPa
     enter_private_mounts()
     monkeypatch.setattr(cri, "_TOLD_S", 5.0)
     host = os.listdir("/sys/class/net")
-    with engine_with_bridge() as engine, Pods(engine.socket) as pods:
+    with kubernetes(bridge=True) as engine, Pods(engine.socket) as pods:
         pods.wait_for_image(PAUSE_IMAGE)
         begun = []
         for name in ("one", "two"):
@@ -125,6 +128,30 @@ def test_pods_are_connected_by_real_network_plugins(monkeypatch: pytest.MonkeyPa
         with pytest.raises(FlatmountError, match="does not know of localhost/another"):
             pods.wait_for_image("localhost/another:latest")
     assert os.listdir("/sys/class/net") == host
+
+
+def test_cri_pulls_an_image_into_our_snapshots(tmp_path: Path) -> None:
+    """From 2.1 on it asks containerd's transfer service, which unpacks for those only whom its configuration names."""
+    enter_private_mounts()
+    with registries.registry_process(tmp_path) as host, kubernetes(bridge=False) as engine, Pods(engine.socket) as pods:
+        reference = f"{host}/test/pulled:1"
+        layout = f"oci:{os.path.dirname(engine.place)}/image"
+        copy = ["skopeo", "--insecure-policy", "copy", "--quiet", "--dest-tls-verify=false"]
+        subprocess.run([*copy, layout, f"docker://{reference}"], check=True, timeout=60)
+        with grpc.insecure_channel(f"unix:{engine.socket}") as channel:
+            # A request to pull begins like one for the status of an image, and its answer is one string.
+            request = wire.ImageStatusRequest(image=wire.ImageSpec(image=reference))
+            method = "/runtime.v1.ImageService/PullImage"
+            call = channel.unary_unary(method, wire.ImageStatusRequest.SerializeToString, wire.Id.FromString)
+            assert call(request, timeout=60).id
+        pods.wait_for_image(PAUSE_IMAGE)
+        pod, config = pods.run("pulled")
+        container = pods.start(pod, config, reference)
+        told = json.loads(engine.ctr("-n", "k8s.io", "containers", "info", container))
+        assert (told["Image"], told["Snapshotter"]) == (reference, "flatmount")
+        process = engine.tasks("k8s.io")[container]
+        assert {f"layer-{number}" for number in range(5)} <= set(os.listdir(f"/proc/{process}/root/etc"))
+        pods.remove(pod)
 
 
 def test_the_door_of_connected_pods_is_proven(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
