@@ -74,6 +74,13 @@ def test_the_section_by_hand() -> None:
     assert not inspect(FILES["empty 2"] + section(FILES["empty 2"], SOCKET, cri=False)).cri
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_files_that_are_deployed_have_the_section(version: int) -> None:
+    deployed = Path(__file__).parents[2] / f"deploy/containerd/config-version-{version}.toml"
+    text = f"version = {version}\n"
+    assert deployed.read_text() == text + "\n" + section(text, SOCKET, cri=True)
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
