@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define DROPPED_MS 1000 /* for one that nobody has closed */
+
 typedef struct {
 	PyObject_HEAD
 	struct fm_committer *committer;
@@ -140,7 +142,7 @@ static void dealloc(PyObject *object)
 
 	if (committer) {
 		Py_BEGIN_ALLOW_THREADS
-		fm_committer_stop(committer, 0);
+		fm_committer_stop(committer, DROPPED_MS);
 		Py_END_ALLOW_THREADS
 	}
 	release(object);
