@@ -37,7 +37,7 @@ METHOD = """\
 One cycle is Prepare, Mounts and Remove of a container on an image of 50 layers. Client and service are processes of
 their own on the same processors; a floor is a service that does nothing. In a burst, 50 cycles begin at once and the
 next 50 when the last has ended. Medians of 3 interleaved rounds: calls a second, ms of a cycle and of each call, and us
-of processor time that the client itself takes for a call."""
+of processor time that the client itself takes for a call. On tmpfs, and on the disk of /var/tmp."""
 STARTS = "`ctr run --rm` of a program that ends at once, 50 layers, one user range; medians of 15, forms interleaved"
 ROUNDS, LAYERS, MANY, RUNS = 3, 50, 10_000, 15
 FLOOR, GRPCIO, OURS, MAPPED = "floor on libnghttp2", "floor on grpcio", "flatmount", "flatmount, mapped"
@@ -70,9 +70,22 @@ def run(part: str = "") -> None:
 
 def _calls(place: str) -> None:
     print(METHOD)
-    work = f"{place}/calls"
-    os.mkdir(work, 0o711)
     clients = {LIGHT: build_client(place), CONTAINERDS: build_go_client(place)}
+    work = f"{place}/memory"
+    os.mkdir(work)
+    run_once(MountPlan((Mount("calls", work, "tmpfs", MountFlag.NONE, "mode=0711"),)))
+    try:
+        _calls_on(place, work, "tmpfs", clients, {LIGHT: tuple(LOADS), CONTAINERDS: GO_LOADS})
+    finally:
+        run_once(MountPlan((Unmount(work, UnmountFlag.DETACH),)))
+    work = f"{place}/disk"
+    os.mkdir(work, 0o711)
+    _calls_on(place, work, "the disk", clients, {LIGHT: GO_LOADS})
+
+
+def _calls_on(
+    place: str, work: str, medium: str, clients: Mapping[str, str], wanted: Mapping[str, Sequence[str]]
+) -> None:
     floors = [build_floor_service(place), f"{work}/floor.sock"], grpcio_floor(f"{work}/grpcio.sock")
     with (
         running_engine(work) as engine,
@@ -91,14 +104,14 @@ def _calls(place: str) -> None:
             MAPPED: Service(engine.snapshotter_socket, own, "flatmount", mapped=True),
             BUILT_IN: Service(engine.socket, theirs, "overlayfs"),
         }
-        for client, loads in ((LIGHT, tuple(LOADS)), (CONTAINERDS, GO_LOADS)):
+        for client, loads in wanted.items():
             for load in loads:
                 seen: dict[str, list[Served]] = {name: [] for name in ways}
                 for turn in range(ROUNDS):
                     names = list(ways)
                     for name in names[turn % len(names) :] + names[: turn % len(names)]:
                         seen[name].append(call(clients[client], ways[name], LOADS[load]))
-                _show_calls(f"{client}, {load}", seen, target=load == AIMED_AT)
+                _show_calls(f"{medium}, {client}, {load}", seen, target=client == LIGHT and load in GO_LOADS)
 
 
 def _show_calls(what: str, seen: Mapping[str, Sequence[Served]], *, target: bool) -> None:
@@ -112,7 +125,9 @@ def _show_calls(what: str, seen: Mapping[str, Sequence[Served]], *, target: bool
     p99 = {name: Figures(tuple(r.p99_ms for r in rounds)) for name, rounds in seen.items()}
     if target:
         for name in (OURS, MAPPED):
-            show_ratio(f"p99 of a cycle, {name}, ms", p99[name], target=f"< {TARGET_MS}")
+            slowest = Figures(tuple(max(r.each_p99_ms) for r in seen[name]))
+            show_ratio(f"p99 of a cycle of three calls, {name}, ms", p99[name], target=f"< {TARGET_MS}")
+            show_ratio(f"p99 of the slowest of the calls, {name}, ms", slowest, target=f"< {TARGET_MS}")
     for name, other in ((OURS, FLOOR), (OURS, GRPCIO), (OURS, BUILT_IN), (MAPPED, BUILT_IN)):
         show_ratio(f"p99 of a cycle, {name} against {other}", ratio(p99[name], p99[other]))
 
