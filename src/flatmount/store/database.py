@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from flatmount.errors import StoreError
@@ -17,7 +17,10 @@ from flatmount.store.reserve import Reserve
 
 _BUSY_S: Final = 60.0
 _LOG_BYTES: Final = 4 << 20  # what a log that has grown longer is cut to
-_FREE_SPACE: Final = "free space or inodes on its file system and try again; nothing was changed"
+_FREE_SPACE: Final = "free space or inodes on its file system and try again"
+_NOTHING_CHANGED: Final = f"{_FREE_SPACE}; nothing was changed"
+# For how long the log's other users are waited for when it must be emptied.
+_EMPTY_BUSY_MS: Final = 1000
 
 # One script for each version. A number names a tree for ever: `numbers` only counts up, so that a path that
 # somebody remembers never means another tree. `parent_chain` is set for a layer whose tree depends on what
@@ -164,6 +167,10 @@ class Database:
         self._reserve = reserve
         self._reserve_taken = False
         self._only_read: str | None = None
+        # A descriptor of the log, which is told of every write that fails from now on, and its inode; whether one may
+        # have failed that the log still needs.
+        self._log_fd, self._log_inode = -1, 0
+        self._in_doubt = False
         self.schema = SCHEMA
         try:
             self._connection = self._open_book()
@@ -188,6 +195,7 @@ class Database:
         """Close the connection, and set the reserve aside again that was given back."""
         with self._lock:
             self._connection.close()
+            self._close_log()
         if self._reserve is not None and self._reserve_taken:
             self._reserve.keep(again=True)
         else:
@@ -214,7 +222,15 @@ class Database:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
-                self._connection.execute("COMMIT")
+                try:
+                    self._connection.execute("COMMIT")
+                except sqlite3.OperationalError as error:
+                    # SQLite asks for no room before, and has not given the transaction up where it can be tried again.
+                    if growing or not _wants_room(error) or not self._connection.in_transaction:
+                        raise
+                    if not self.release_reserve():
+                        raise
+                    self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -224,7 +240,12 @@ class Database:
         """Run one statement as a transaction of its own: as `transaction`, with one call to SQLite."""
         self._check_writable(growing)
         with self._lock, self._told():
-            self._connection.execute(statement, parameters)
+            try:
+                self._connection.execute(statement, parameters)
+            except sqlite3.OperationalError as error:
+                if growing or not _wants_room(error) or not self.release_reserve():
+                    raise
+                self._connection.execute(statement, parameters)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
@@ -240,29 +261,82 @@ class Database:
                 self._connection.execute("ROLLBACK")
 
     def sync(self) -> None:
-        """Every commit until now, of any connection, is on disk when this returns. Raises: StoreError."""
+        """Every commit until now, of any connection, is on disk when this returns. Raises: StoreError.
+
+        The kernel tells of a write that failed once only. From then on, until that has succeeded, everything in the log
+        is moved into the book and the log emptied.
+        """
+        with self._lock:
+            if self._in_doubt:
+                self._empty_log()
+                return
+            try:
+                if self._open_log():
+                    os.fdatasync(self._log_fd)
+            except OSError as error:
+                self._in_doubt = True
+                raise self._not_on_disk(str(error)) from error
+
+    def log_bytes(self) -> int:
+        """How long the log is that `sync` has seen, which is cut when it is begun anew."""
+        try:
+            return os.fstat(self._log_fd).st_size if self._log_fd >= 0 else 0
+        except OSError:
+            return 0
+
+    def _open_log(self) -> bool:
+        """Have a descriptor of the log that is there now, which the last one to close the book takes away."""
         # Of all files of a database this is the only one that may be opened beside SQLite: no lock is on it, which
         # closing a second descriptor would let go of.
         try:
-            fd = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
+            if os.stat(f"{self.path}-wal").st_ino == self._log_inode:
+                return True
+            self._close_log()
+            self._log_fd = os.open(f"{self.path}-wal", os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
-            return
-        except OSError as error:
-            raise StoreError(f"{self.path}-wal: {error.strerror}", hint="see the kernel's log") from error
+            return False
+        self._log_inode = os.fstat(self._log_fd).st_ino
+        return True
+
+    def _close_log(self) -> None:
+        if self._log_fd >= 0:
+            os.close(self._log_fd)
+        self._log_fd, self._log_inode = -1, 0
+
+    def _empty_log(self) -> None:
+        # What stands behind a frame that is lost would be lost with it, and what stands before it would be taken for
+        # the latest: so nothing of this log may be left.
         try:
-            os.fdatasync(fd)
-        except OSError as error:
-            raise StoreError(f"write {self.path} to disk: {error.strerror}", hint="see the kernel's log") from error
-        finally:
-            os.close(fd)
+            self._connection.execute(f"PRAGMA busy_timeout = {_EMPTY_BUSY_MS}")
+            try:
+                (busy, _, _) = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            finally:
+                self._connection.execute(f"PRAGMA busy_timeout = {int(_BUSY_S * 1000)}")
+            if busy:
+                raise self._not_on_disk("another process reads it")
+            if self._open_log():
+                os.fsync(self._log_fd)
+        except (sqlite3.Error, OSError) as error:
+            raise self._not_on_disk(str(error)) from error
+        self._in_doubt = False
+
+    def _not_on_disk(self, reason: str) -> StoreError:
+        return StoreError(
+            f"write {self.path} to disk: {reason}",
+            hint="see the kernel's log; a loss of power may undo what was changed last",
+        )
 
     def checkpoint(self) -> bool:
         """Move what was committed from the log into the book, as far as nobody has to wait. Raises: StoreError.
 
-        Returns whether that was all: the log is begun anew by the next commit then.
+        Returns whether that was all, and is on disk: the log is begun anew by the next commit then.
         """
-        with self._lock, self._told():
-            busy, logged, moved = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        with self._lock, self._told(_FREE_SPACE):
+            try:
+                busy, logged, moved = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            except sqlite3.Error:
+                self._in_doubt = True
+                raise
         return not busy and logged == moved
 
     def next_numbers(self, count: int) -> range:
@@ -297,16 +371,16 @@ class Database:
                 hint="it can be read but not changed; use the newer flatmount",
             )
         if self._only_read is not None:
-            raise StoreError(f"{self.path} can only be read: {self._only_read}", hint=_FREE_SPACE)
+            raise StoreError(f"{self.path} can only be read: {self._only_read}", hint=_NOTHING_CHANGED)
         if not growing:
             self._give_reserve_if_low()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _told(self, room: str = _NOTHING_CHANGED) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
-            hint = _FREE_SPACE if _wants_room(error) else "another process may hold it"
+            hint = room if _wants_room(error) else "another process may hold it"
             raise StoreError(f"{self.path}: {error}", hint=hint) from error
 
     def _open_book(self) -> sqlite3.Connection:
@@ -318,9 +392,18 @@ class Database:
         except sqlite3.OperationalError as error:
             if not _wants_room(error):
                 raise
+            if self.release_reserve():
+                with suppress(sqlite3.OperationalError):
+                    return self._connect("mode=rw")
             connection = self._connect_reading()
             self._only_read = str(error)
             return connection
+
+    def release_reserve(self) -> bool:
+        """Give the reserve back, until `close`; whether there was any. For who was refused room."""
+        released = self._reserve is not None and self._reserve.release()
+        self._reserve_taken |= released
+        return released
 
     def _give_reserve_if_low(self) -> None:
         if self._reserve is not None and self._reserve.release_if_low():
@@ -381,6 +464,11 @@ def is_booked(db: sqlite3.Connection, tree: str) -> bool:
     """Whether the book has a tree, named as KIND/NUMBER."""
     kind, _, number = tree.partition("/")
     return db.execute(f"SELECT 1 FROM {_TABLES[kind]} WHERE number = ?", (int(number),)).fetchone() is not None
+
+
+def refused_room(error: StoreError) -> bool:
+    """Whether a database told this of a disk that may be full."""
+    return isinstance(error.__cause__, sqlite3.Error) and _wants_room(error.__cause__)
 
 
 def _wants_room(error: sqlite3.Error) -> bool:

@@ -26,20 +26,40 @@ class Reserve:
         self._base = base
         self._directory = os.path.join(base, "reserve")
 
-    def keep(self, *, again: bool = False) -> None:
-        """Make what is missing of it, if the file system has room; `again`, also if it has only just that."""
+    def keep(self, *, again: bool = False) -> bool:
+        """Make what is missing of it, if the file system has room; `again`, also if it has only just that.
+
+        Returns whether all of it is there.
+        """
         with contextlib.suppress(OSError):
-            if self._whole() or not (again or self._free(_ROOMY_BYTES, _ROOMY_INODES)):
-                return
+            if self._whole():
+                return True
+            if not (again or self.is_roomy()):
+                return False
             os.makedirs(self._directory, mode=0o700, exist_ok=True)
             for path in self._paths():
                 _fill(path)
+            return True
+        return False
 
     def is_low(self) -> bool:
-        """Whether the file system is as good as full."""
+        """Whether the file system says that it is as good as full.
+
+        It need not say so: of what ext4 calls free up to 16 MiB are blocks that it keeps for itself. Who is refused
+        room knows better.
+        """
         with contextlib.suppress(OSError):
-            return not self._free(_LOW_BYTES, _LOW_INODES)
+            found = os.statvfs(self._base)
+            blocks, inodes = (found.f_bavail, found.f_favail) if os.geteuid() else (found.f_bfree, found.f_ffree)
+            return not _has(found, blocks, inodes, _LOW_BYTES, _LOW_INODES)
         return True
+
+    def is_roomy(self) -> bool:
+        """Whether there is room for what can wait: not counting what is kept for root or for the file system."""
+        with contextlib.suppress(OSError):
+            found = os.statvfs(self._base)
+            return _has(found, found.f_bavail, found.f_favail, _ROOMY_BYTES, _ROOMY_INODES)
+        return False
 
     def release_if_low(self) -> bool:
         """Give it back if the file system is as good as full; whether there was any."""
@@ -63,11 +83,10 @@ class Reserve:
         except FileNotFoundError:
             return False
 
-    def _free(self, size_bytes: int, inodes: int) -> bool:
-        status = os.statvfs(self._base)
-        blocks, files = (status.f_bavail, status.f_favail) if os.geteuid() else (status.f_bfree, status.f_ffree)
-        # File systems that make inodes as they need them say that there are none at all.
-        return blocks * status.f_frsize >= size_bytes and (files >= inodes or not status.f_files)
+
+def _has(found: os.statvfs_result, blocks: int, inodes: int, wanted_bytes: int, wanted_inodes: int) -> bool:
+    # File systems that make inodes as they need them say that there are none at all.
+    return blocks * found.f_frsize >= wanted_bytes and (inodes >= wanted_inodes or not found.f_files)
 
 
 def _fill(path: str) -> None:
