@@ -11,7 +11,6 @@ What the book does not know is nobody's: it is moved to the store's trash and de
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import threading
@@ -88,20 +87,15 @@ class Trees:
             try:
                 mode, uid, gid = self._root_of(upper)
             except OSError as error:
-                found[place] = _told(error, f"make the directories of snapshot {upper.name!r}:")
+                found[place] = _told(error, f"make the directories of snapshot {upper.name!r}")
             except FlatmountError as error:
                 found[place] = error
             else:
                 entries.append((place, (upper.number, upper.made, upper.work, upper.none, mode, uid, gid)))
-        for (place, entry), number in zip(entries, make_uppers(self._fd, [e for _, e in entries]), strict=True):
-            upper = uppers[place]
-            if number == errno.EEXIST and not upper.made:
-                # Left by a commit of the book that failed; no snapshot in the book has this number.
-                self._hide(f"snapshots/{upper.number}")
-                (number,) = make_uppers(self._fd, [entry])
+        for (place, _), number in zip(entries, make_uppers(self._fd, [e for _, e in entries]), strict=True):
             if number:
                 found[place] = _told(
-                    OSError(number, os.strerror(number)), f"make the directories of snapshot {upper.name!r}:"
+                    OSError(number, os.strerror(number)), f"make the directories of snapshot {uppers[place].name!r}"
                 )
         return found
 
@@ -126,7 +120,7 @@ class Trees:
         """Make the directories of active snapshots to come, as `make` finds them made. Raises: StoreError."""
         for number in make_uppers(self._fd, [(n, False, True, False, _PLAIN[0], *_PLAIN[1:]) for n in numbers]):
             if number:
-                raise _told(OSError(number, os.strerror(number)), "make directories ahead:")
+                raise _told(OSError(number, os.strerror(number)), "make directories ahead")
 
     def _root_of(self, upper: Upper) -> tuple[int, int, int]:
         """Mode and owner of a fresh snapshot's root. What is committed keeps those of its own."""
@@ -134,8 +128,7 @@ class Trees:
         if upper.parent is not None:
             known = self._roots.get(upper.parent)
             if known is None:
-                root = os.stat(f"snapshots/{upper.parent}/fs", dir_fd=self._fd, follow_symlinks=False)
-                known = (stat.S_IMODE(root.st_mode), root.st_uid, root.st_gid)
+                known = self._root_at(f"snapshots/{upper.parent}/fs")
                 if len(self._roots) >= _MOST_ROOTS:
                     self._roots.clear()
                 self._roots[upper.parent] = known
@@ -146,28 +139,44 @@ class Trees:
         return mode, uid, gid
 
     def repair(self, snapshot: Snapshot, parent: int | None) -> bool:
-        """Make an active snapshot's directories again where a power cut took them. Returns whether it had to."""
-        needed = (snapshot.fs, snapshot.work) if snapshot.info.kind is Kind.ACTIVE else (snapshot.fs,)
-        if all(self._exists(path) for path in needed):
+        """Make a snapshot's directories again as far as a power cut took them. Returns whether it had to.
+
+        A root that was made ahead may have lost the mode and the owner that it was given later: one that no container
+        has had mounted, or written to, gets them again. Raises: StoreError, for files that nobody can make again.
+        """
+        if not self._exists(snapshot.fs):
+            if snapshot.info.kind is Kind.COMMITTED:
+                raise StoreError(
+                    f"snapshot {snapshot.info.name!r} has lost its files ({self._disk.data}/{snapshot.fs})",
+                    hint="remove the image in containerd and pull it again",
+                )
+            self._hide(f"snapshots/{snapshot.number}")
+            (error,) = self.make([Upper.of(snapshot, parent)])
+            if error is not None:
+                raise error
+            return True
+        if snapshot.info.kind is not Kind.ACTIVE:
             return False
-        if snapshot.info.kind is Kind.COMMITTED:
-            raise StoreError(
-                f"snapshot {snapshot.info.name!r} has lost its files ({self._disk.data}/{snapshot.fs})",
-                hint="remove the image in containerd and pull it again",
-            )
-        (error,) = self.make([Upper.of(snapshot, parent)])
-        if error is not None:
-            raise error
-        return True
+        repaired = False
+        try:
+            for path, mode, needed in ((snapshot.work, 0o711, True), (snapshot.nothing, 0o755, snapshot.unpacked)):
+                if needed and not self._exists(path):
+                    os.mkdir(path, mode, dir_fd=self._fd)
+                    repaired = True
+            if self._is_empty(snapshot.fs) and self._is_empty(snapshot.work):
+                wanted, found = self._root_of(Upper.of(snapshot, parent)), self._root_at(snapshot.fs)
+                if found != wanted and (found[0] == _PLAIN[0] or found[1:] == _PLAIN[1:]):
+                    os.chown(snapshot.fs, wanted[1], wanted[2], dir_fd=self._fd, follow_symlinks=False)
+                    os.chmod(snapshot.fs, wanted[0], dir_fd=self._fd)
+                    repaired = True
+        except OSError as error:
+            raise _told(error, f"repair snapshot {snapshot.info.name!r}") from error
+        return repaired
 
     def _make_top(self, number: int) -> None:
+        # No number is given twice, and `start` has taken away what the book does not know.
         self.highest = max(self.highest, number)
-        try:
-            os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
-        except FileExistsError:
-            # Left by a commit of the book that failed; no snapshot in the book has this number.
-            self._hide(f"snapshots/{number}")
-            os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
+        os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
 
     def rebase(self, snapshot: Snapshot, parent: int | None) -> None:
         """Make a layer that was unpacked without a parent fit for the one it gets, or for none.
@@ -179,13 +188,12 @@ class Trees:
             if parent is None:
                 self._drop_whiteouts(snapshot.fs)
                 return
-            own = os.stat(snapshot.fs, dir_fd=self._fd, follow_symlinks=False)
-            root = os.stat(f"snapshots/{parent}/fs", dir_fd=self._fd, follow_symlinks=False)
-            if (stat.S_IMODE(own.st_mode), own.st_uid, own.st_gid) == (0o755, 0, 0):
-                os.chown(snapshot.fs, root.st_uid, root.st_gid, dir_fd=self._fd, follow_symlinks=False)
-                os.chmod(snapshot.fs, stat.S_IMODE(root.st_mode), dir_fd=self._fd)
+            mode, uid, gid = self._root_at(f"snapshots/{parent}/fs")
+            if self._root_at(snapshot.fs) == _PLAIN:
+                os.chown(snapshot.fs, uid, gid, dir_fd=self._fd, follow_symlinks=False)
+                os.chmod(snapshot.fs, mode, dir_fd=self._fd)
         except OSError as error:
-            raise _told(error, f"rebase snapshot {snapshot.info.name!r}:") from error
+            raise _told(error, f"rebase snapshot {snapshot.info.name!r}") from error
 
     def _drop_whiteouts(self, path: str) -> None:
         pending = [f"/proc/self/fd/{self._fd}/{path}"]
@@ -198,6 +206,14 @@ class Trees:
                         status = entry.stat(follow_symlinks=False)
                         if stat.S_ISCHR(status.st_mode) and status.st_rdev == 0:
                             os.unlink(entry.path)
+
+    def _root_at(self, path: str) -> tuple[int, int, int]:
+        root = os.stat(path, dir_fd=self._fd, follow_symlinks=False)
+        return stat.S_IMODE(root.st_mode), root.st_uid, root.st_gid
+
+    def _is_empty(self, path: str) -> bool:
+        with os.scandir(f"/proc/self/fd/{self._fd}/{path}") as entries:
+            return next(entries, None) is None
 
     def _exists(self, path: str) -> bool:
         try:
@@ -234,7 +250,7 @@ class Trees:
             self._drop(f"snapshots/{number}", "flat.new")
             if isinstance(error, StoreError):
                 raise
-            raise _told(error, f"flatten {number}:") from error
+            raise _told(error, f"flatten {number}") from error
 
     def measure(self, path: str) -> Usage:
         """Blocks and inodes of a tree, files with several names once. Raises: StoreError."""
@@ -264,7 +280,7 @@ class Trees:
             if not count:
                 raise StoreError(f"{self._disk.data}/{path} is not there", hint="restart the snapshotter") from None
         except OSError as error:
-            raise _told(error, "measure a snapshot:") from error
+            raise _told(error, "measure a snapshot") from error
         return Usage(size, count)
 
     def copy_to_container_ids(self, snapshot: Snapshot, number: int) -> None:
@@ -294,7 +310,7 @@ class Trees:
         except OSError as error:
             with suppress(OSError):
                 self._disk.discard(top)
-            raise _told(error, f"commit snapshot {snapshot.info.name!r} in its container's ids:") from error
+            raise _told(error, f"commit snapshot {snapshot.info.name!r} in its container's ids") from error
 
     def sync(self) -> None:
         """Everything written so far is on disk when this returns: syncfs(2). Raises: StoreError, once for a failure.
@@ -309,7 +325,7 @@ class Trees:
                 self.lost = self.highest
                 self._failures += 1
                 self._remember_lost()
-                raise _told(error, f"write {self._disk.data} to disk:") from error
+                raise _told(error, f"write {self._disk.data} to disk") from error
 
     def _known_lost(self) -> int:
         try:
@@ -405,5 +421,5 @@ def inverted(mapping: Mapping) -> Mapping:
 
 
 def _told(error: OSError, attempted: str) -> StoreError:
-    told = from_os_error(error, attempted)
+    told = from_os_error(error, f"{attempted}:" if error.filename else attempted)
     return told if isinstance(told, StoreError) else StoreError(str(told), hint=told.hint)
