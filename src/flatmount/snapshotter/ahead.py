@@ -34,13 +34,18 @@ class Ahead:
         self,
         trees: Trees,
         numbers: Callable[[int], Awaitable[range]],
-        in_pool: Callable[[Callable[[], None]], Awaitable[None]],
+        in_pool: Callable[[Callable[[], bool]], Awaitable[bool]],
+        is_roomy: Callable[[], bool],
     ) -> None:
-        """`numbers` reserves as many in the book; `in_pool` runs work on another thread."""
+        """`numbers` reserves as many in the book; `in_pool` runs work on another thread.
+
+        Nothing is made on a disk that is not `is_roomy`, which is asked there.
+        """
         self.last = 0
         self._trees = trees
         self._numbers = numbers
         self._in_pool = in_pool
+        self._is_roomy = is_roomy
         self._blocks: deque[range] = deque()
         self._ready: deque[int] = deque()
         self._making: set[int] = set()
@@ -59,6 +64,8 @@ class Ahead:
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
+        if self._filling is not None:
+            self._filling.cancel()
 
     def held(self) -> set[int]:
         """The numbers whose directories are there, or are being made, for nobody yet."""
@@ -126,9 +133,12 @@ class Ahead:
                     continue
                 self._making.update(numbers)
                 before = len(self._ready)
-                await self._in_pool(partial(self._trees.make_ahead, numbers))
-                self._ready.extend(numbers)
+                made = await self._in_pool(partial(self._make, numbers))
                 self._making.difference_update(numbers)
+                if not made:
+                    again = False
+                    break
+                self._ready.extend(numbers)
                 if len(self._ready) < before + len(numbers):
                     break  # somebody wants them: not now
             else:
@@ -142,6 +152,12 @@ class Ahead:
             self._filling = None
         if again and not self._closed:
             self._fill_soon()
+
+    def _make(self, numbers: list[int]) -> bool:
+        if not self._is_roomy():
+            return False
+        self._trees.make_ahead(numbers)
+        return True
 
 
 def _told(task: asyncio.Task[None]) -> None:

@@ -123,13 +123,13 @@ def find(db: sqlite3.Connection, name: str) -> Snapshot:
 
 
 def everything(db: sqlite3.Connection) -> Iterator[Snapshot]:
-    """All snapshots in the order in which they were made."""
+    """All snapshots in the order in which they were made, or made committed ones."""
     return (snapshot for snapshot, _ in with_usage(db))
 
 
 def with_usage(db: sqlite3.Connection) -> Iterator[tuple[Snapshot, Usage]]:
-    """All snapshots and what was measured when they were committed, in the order in which they were made."""
-    for row in db.execute(f"SELECT {_COLUMNS} FROM {_FROM} ORDER BY s.number"):
+    """All snapshots and what was measured when they were committed; ordered as `everything`."""
+    for row in db.execute(f"SELECT {_COLUMNS} FROM {_FROM} ORDER BY s.created_ns, s.number"):
         yield _read(row)
 
 

@@ -24,7 +24,8 @@ from flatmount.errors import FlatmountError, StoreError
 from flatmount.snapshotter import book
 from flatmount.snapshotter._front import Committer
 from flatmount.snapshotter.trees import Trees, Upper
-from flatmount.store.database import LAZILY, Database
+from flatmount.snapshotter.turns import Shared
+from flatmount.store.database import LAZILY, Database, refused_room
 from flatmount.store.reserve import Reserve
 
 log = logging.getLogger("flatmount.snapshotter")
@@ -34,21 +35,27 @@ Done = Callable[[BaseException | None], None]
 _MOST_AT_ONCE = 512
 # So many are enough to begin with, while the event loop still takes in the others.
 _BEGIN_AT = 16
+# So much JSON is one statement.
+_MOST_BYTES = 4 << 20
+# The changes of a batch that failed are tried one by one, for so long.
+_TRY_FOR_S = 1.0
 _RESERVE_EVERY_S = 5.0
 _LOW_EVERY_S = 0.1
 _SYNC_AFTER_S = 0.5
+_SYNC_AGAIN_S = 5.0
 # The log is moved into the book by the keeper, so often. While changes never stop that does not get to its end, and the
-# writer does it after so many.
+# writer does it when the log has become so long.
 _MOVE_EVERY_S = 1.0
-_WRITER_MOVES = 20_000
+_LONG_BYTES = 32 << 20
+_CLOSE_S = 0.5
 
 
 @dataclass(slots=True)
 class Change:
     """What one request changes: directories that are made first, rows, and who is told.
 
-    `done` is called by the event loop, with the reason where it did not come to pass. `growing` says that it may not
-    eat the store's reserve.
+    `done` is called by the event loop, with the reason where it did not come to pass. What is not `growing` may have
+    the store's reserve on a full disk; in a batch with others it has it when the batch was refused.
     """
 
     rows: book.Rows
@@ -68,12 +75,14 @@ class _Asked:
 class _Batch:
     changes: list[Change] = field(default_factory=list)
     begun_s: float = 0.0
+    refused: bool = False
 
 
 class Desk:
     """Writes and reads a store's book. Belongs to the event loop it is made on.
 
-    `failed` is called, once for each batch that was not written, before those are told whose changes were in it.
+    `failed` is called, once for each batch of which rows were not written, before those are told whose changes were in
+    it. What is written behind such a batch was allowed because of it: the book's own rules refuse what cannot be then.
     """
 
     def __init__(self, path: str, data_fd: int, reserve: Reserve, trees: Trees, failed: Callable[[], None]) -> None:
@@ -84,22 +93,23 @@ class Desk:
         """
         self._path = path
         self._reserve = reserve
-        self._reserve_next = self._move_next = 0.0
+        self._reserve_next = 0.0
+        self._move_next = time.monotonic() + _MOVE_EVERY_S
+        self._reserve_lacks = True
         self._trees = trees
         self._failed = failed
         self._loop = asyncio.get_running_loop()
         self._waiting = _Batch()
         self._writing: _Batch | None = None
         self._handing_over = False
-        self._unmoved = 0
+        self._log_is_long = False
         self._low = False
         self._low_next = 0.0
         self._keeper_told = False
         self._to_writer: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
         # None: leave; True: something was written; else a question.
         self._to_keeper: queue.SimpleQueue[_Asked | bool | None] = queue.SimpleQueue()
-        self._syncing: asyncio.Future[None] | None = None
-        self._next_sync: asyncio.Future[None] | None = None
+        self._synced = Shared(lambda: self._ask(lambda database: database.sync()))
         writing = Database(path, reserve=reserve, lazily=True)
         try:
             for statement in book.SETUP:
@@ -159,31 +169,37 @@ class Desk:
         Many who wait share one fdatasync(2).
         """
         await self.settled()
-        if self._next_sync is None:
-            self._next_sync = asyncio.ensure_future(self._sync_after(self._syncing))
-        await asyncio.shield(self._next_sync)
+        await self._synced.run()
 
     def stuck_s(self) -> float:
         """For how long the disk has been at work on one commit."""
         return 0.0 if self._writing is None else time.monotonic() - self._writing.begun_s
 
     async def close(self) -> None:
-        """Finish what was asked for and close the book; gives a wedged disk half a second."""
-        self._hand_over()
-        committer, self._committer = self._committer, None
+        """Write what was asked for, make sure of it and close the book; gives a wedged disk half a second."""
+        until = time.monotonic() + _CLOSE_S
+        committer = self._committer
+        while committer is not None and self._writing is not None and time.monotonic() < until:
+            await asyncio.sleep(_CLOSE_S / 100)  # it may be the committer's, and is told of here
+        self._committer = None
         if committer is not None:
             self._loop.remove_reader(committer.fileno())
-            await asyncio.to_thread(committer.close, 500)
+        while self._waiting.changes:
+            self._give()
         self._to_writer.put(None)
-        for thread in self._threads:
-            await asyncio.to_thread(thread.join, 0.5)
-            self._to_keeper.put(None)
 
-    async def _sync_after(self, before: asyncio.Future[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait([before])
-        self._syncing, self._next_sync = self._next_sync, None
-        await self._ask(lambda database: database.sync())
+        def left_s() -> float:
+            return max(0.0, until - time.monotonic())
+
+        def leave() -> None:
+            writer, keeper = self._threads
+            if committer is not None:
+                committer.close(int(left_s() * 1000))
+            writer.join(left_s())
+            self._to_keeper.put(None)
+            keeper.join(left_s())
+
+        await asyncio.to_thread(leave)
 
     async def _ask(self, work: Callable[[Database], T]) -> T:
         future: asyncio.Future[T] = self._loop.create_future()
@@ -194,8 +210,10 @@ class Desk:
 
     def _hand_over(self) -> None:
         self._handing_over = False
-        if self._writing is not None or not self._waiting.changes:
-            return
+        if self._writing is None and self._waiting.changes:
+            self._give()
+
+    def _give(self) -> None:
         batch = self._waiting
         self._waiting = _Batch(batch.changes[_MOST_AT_ONCE:])
         del batch.changes[_MOST_AT_ONCE:]
@@ -213,12 +231,18 @@ class Desk:
 
     def _commit(self, batch: _Batch) -> bool:
         """Have the batch written without the interpreter, if nothing about it is unusual."""
-        if self._committer is None:
+        if self._committer is None or self._log_is_long:
             return False
         uppers = self._trees.entries([change.upper for change in batch.changes if change.upper is not None])
         if uppers is None:
             return False
-        self._committer.submit(uppers, book.parameters(change.rows for change in batch.changes))
+        try:
+            parameters = book.parameters(change.rows for change in batch.changes)
+            if _bytes(parameters) > _MOST_BYTES:
+                return False
+            self._committer.submit(uppers, parameters)
+        except Exception:
+            return False  # the writer finds out whose fault it is
         return True
 
     def _committed(self) -> None:
@@ -232,55 +256,81 @@ class Desk:
             # The writer finds out what is wrong with which change, and whose fault it is.
             self._to_writer.put(batch)
             return
-        self._unmoved += len(batch.changes)
-        if not self._keeper_told:
-            self._keeper_told = True
-            self._to_keeper.put(True)
-        self._written(batch, None)
+        self._tell_keeper()
+        self._written(batch)
 
-    def _written(self, batch: _Batch, error: BaseException | None) -> None:
+    def _written(self, batch: _Batch) -> None:
         self._writing = None
-        if error is not None:
-            # What waits was allowed because of what has failed.
-            batch.changes += self._waiting.changes
-            self._waiting = _Batch()
+        if batch.refused:
             self._failed()
         self._hand_over()
         for change in batch.changes:
-            change.done(change.error or error)
+            try:
+                change.done(change.error)
+            except Exception:
+                log.exception("who asked for a change cannot be told of it")
 
     # The threads.
 
     def _write_all(self, database: Database) -> None:
         while (batch := self._to_writer.get()) is not None:
-            error: BaseException | None = None
+            self._make([change for change in batch.changes if change.upper is not None])
+            batch.refused = not self._write(database, [change for change in batch.changes if change.error is None])
+            self._tell_keeper()
+            if self._log_is_long:
+                self._log_is_long = False
+                self._move(database)  # before anything else is written
             try:
-                self._write(database, batch)
-            except BaseException as caught:
-                error = self._as_told(caught)
-            try:
-                self._loop.call_soon_threadsafe(self._written, batch, error)
+                self._loop.call_soon_threadsafe(self._written, batch)
             except RuntimeError:
                 break  # the loop has ended and nobody waits
         database.close()
 
-    def _write(self, database: Database, batch: _Batch) -> None:
-        making = [change for change in batch.changes if change.upper is not None]
-        if making:
-            errors = self._trees.make([change.upper for change in making if change.upper is not None])
-            for change, error in zip(making, errors, strict=True):
-                change.error = error
-        parameters = book.parameters(change.rows for change in batch.changes if change.error is None)
-        if all(change.growing for change in batch.changes):
-            database.write(book.WRITE, parameters, growing=True)
-        else:
-            self._write_smaller(database, parameters)
-        self._unmoved += len(batch.changes)
-        if self._unmoved > _WRITER_MOVES:
-            self._move(database)
+    def _tell_keeper(self) -> None:
         if not self._keeper_told:
             self._keeper_told = True
             self._to_keeper.put(True)
+
+    def _make(self, changes: list[Change]) -> None:
+        if not changes:
+            return
+        try:
+            errors = self._trees.make([change.upper for change in changes if change.upper is not None])
+        except Exception as error:
+            errors = [self._as_told(error)] * len(changes)
+        for change, told in zip(changes, errors, strict=True):
+            change.error = told
+
+    def _write(self, database: Database, changes: list[Change]) -> bool:
+        """Write all of them, or each that can be, in order; whether that was all. The others have their error."""
+        begun_s = time.monotonic()
+        try:
+            parameters = book.parameters(change.rows for change in changes)
+            if len(changes) > 1 and _bytes(parameters) > _MOST_BYTES:
+                half = len(changes) // 2
+                first = self._write(database, changes[:half])
+                return self._write(database, changes[half:]) and first
+            if all(change.growing for change in changes):
+                database.write(book.WRITE, parameters, growing=True)
+            else:
+                self._write_smaller(database, parameters)
+        except Exception as error:
+            if len(changes) > 1:
+                return self._write_each(database, changes, begun_s + _TRY_FOR_S, error)
+            changes[0].error = self._as_told(error)
+            return False
+        return True
+
+    def _write_each(self, database: Database, changes: list[Change], until_s: float, error: Exception) -> bool:
+        """One by one, so that what one asks for fails nobody else: but not for long on a disk that does not answer."""
+        told = self._as_told(error)
+        written = True
+        for change in changes:
+            if time.monotonic() < until_s:
+                written &= self._write(database, [change])
+            else:
+                change.error, written = told, False
+        return written
 
     def _write_smaller(self, database: Database, parameters: tuple[str | None, ...]) -> None:
         """Write what may have the store's reserve. Whether it is needed is only looked at now and then."""
@@ -292,37 +342,47 @@ class Desk:
             try:
                 database.write(book.WRITE, parameters, growing=True)
                 return
-            except StoreError:
-                self._low = self._reserve.is_low()
-                if not self._low:
+            except StoreError as error:
+                if not refused_room(error):
                     raise
+        database.release_reserve()
+        self._reserve_lacks = True
         self._move(database)  # the log is begun anew then, and takes no more room
         database.write(book.WRITE, parameters)
 
-    def _move(self, database: Database) -> None:
-        before = self._unmoved
+    def _move(self, database: Database) -> bool:
         try:
-            if database.checkpoint():
-                self._unmoved -= before
+            return database.checkpoint()
         except StoreError as error:
             log.warning(error.line())
+            return False
 
     def _keep(self, database: Database) -> None:
-        unsynced_since: float | None = None
+        # What a process wrote that was killed has been told to be there as well.
+        sync_at = self._make_sure(database)
         while True:
-            left_s = None if unsynced_since is None else unsynced_since + _SYNC_AFTER_S - time.monotonic()
+            now = time.monotonic()
+            if sync_at is not None and now >= sync_at:
+                sync_at = self._make_sure(database)
+                continue
+            keep_at = self._reserve_next if self._reserve_lacks else None
+            if keep_at is not None and now >= keep_at:
+                self._keep_reserve(now)
+                continue
+            next_at = min((at for at in (sync_at, keep_at) if at is not None), default=None)
             try:
-                asked = self._to_keeper.get(timeout=left_s if left_s is None or left_s > 0 else 0.0)
+                asked = self._to_keeper.get(timeout=None if next_at is None else next_at - now)
             except queue.Empty:
-                self._make_sure(database)
-                unsynced_since = None
                 continue
             if asked is None:
                 break
             if asked is True:
-                unsynced_since = unsynced_since or time.monotonic()
+                soon = time.monotonic() + _SYNC_AFTER_S
+                sync_at = soon if sync_at is None else min(sync_at, soon)
             elif isinstance(asked, _Asked) and not self._answer(database, asked):
                 break
+        if sync_at is not None:
+            self._make_sure(database)
         database.close()
 
     def _answer(self, database: Database, asked: _Asked) -> bool:
@@ -338,20 +398,34 @@ class Desk:
             return False
         return True
 
-    def _make_sure(self, database: Database) -> None:
+    def _make_sure(self, database: Database) -> float | None:
+        """Have on disk what was written until now; when to try again, where that failed or more is to be done."""
         self._keeper_told = False
+        now = time.monotonic()
+        again_at: float | None = None
         try:
-            database.sync()
-            now = time.monotonic()
-            if self._unmoved and now >= self._move_next:
+            if now < self._move_next:
+                database.sync()
+                again_at = self._move_next
+            else:
                 self._move_next = now + _MOVE_EVERY_S
-                self._move(database)
-            if now >= self._reserve_next:
-                self._reserve_next = now + _RESERVE_EVERY_S
-                self._reserve.keep()
+                # What has been moved is on disk in the book itself.
+                if not self._move(database):
+                    database.sync()
         except FlatmountError as error:
             # Whoever needs it on disk asks, and is told; the others have been told that it was accepted.
             log.error(error.line())
+            return now + _SYNC_AGAIN_S
+        self._log_is_long = database.log_bytes() > _LONG_BYTES
+        if now >= self._reserve_next:
+            self._keep_reserve(now)
+        return again_at
+
+    def _keep_reserve(self, now: float) -> None:
+        self._reserve_next = now + _RESERVE_EVERY_S
+        self._reserve_lacks = False  # the writer may give it up this moment
+        if not self._reserve.keep():
+            self._reserve_lacks = True
 
     def _as_told(self, error: BaseException) -> FlatmountError:
         # SQLite says "disk I/O error" of a file system that has turned read-only, and statvfs(2) need not know of it.
@@ -360,10 +434,14 @@ class Desk:
         except OSError as refusal:
             if refusal.errno == errno.EROFS:
                 return StoreError(
-                    f"{self._path}: its file system has become read-only; nothing was changed",
+                    f"{self._path}: its file system has become read-only",
                     hint="see the kernel's log, check the file system, mount it read-write and restart the snapshotter",
                 )
         return error if isinstance(error, FlatmountError) else StoreError(f"the store's book: {error}")
+
+
+def _bytes(parameters: tuple[str | None, ...]) -> int:
+    return sum(len(text) for text in parameters if text is not None)
 
 
 def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:

@@ -90,7 +90,8 @@ class Index:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(sorted(self._entries.values(), key=lambda entry: entry.snapshot.number))
+        """In the order in which they were made, or made committed ones; what one clock tick made by number."""
+        return iter(sorted(self._entries.values(), key=_made))
 
     def numbers(self) -> set[int]:
         """The numbers of all of them."""
@@ -165,7 +166,7 @@ class Index:
             parent: "" for the one it has; another one for a snapshot that was made without.
             number: the directory that holds its files from now on.
 
-        Raises: SnapshotNotFound, SnapshotExists, Precondition, InvalidRequest.
+        Raises: what `check_commit` raises.
         """
         made = self._committed(key, name, parent, labels, usage, number)
         self._promised.add(name)
@@ -178,14 +179,17 @@ class Index:
             if made.parent is not None:
                 made.parent.children -= 1
 
-    def _committed(
-        self, key: str, name: str, parent: str, labels: Labels[str, str], usage: Usage, number: int
-    ) -> Entry:
-        if name in self._entries or name in self._promised:
-            raise SnapshotExists(f"committed snapshot {name!r} exists already")
+    def check_commit(self, key: str, name: str, parent: str) -> Entry | None:
+        """Whether the active snapshot `key` may become `name`, on `parent` if one is told; its parent. Changes nothing.
+
+        Raises: SnapshotExists for the name; SnapshotNotFound; Precondition, when it is not active or its parent is not
+        committed; InvalidRequest for another parent than it has.
+        """
         active = self.find(key)
         if active.snapshot.info.kind is not Kind.ACTIVE:
             raise Precondition(f"snapshot {key!r} is not active")
+        if name in self._entries or name in self._promised:
+            raise SnapshotExists(f"committed snapshot {name!r} exists already")
         on = active.parent
         if parent:
             if on is not None and on.snapshot.info.name != parent:
@@ -193,6 +197,13 @@ class Index:
             on = self.find(parent)
             if on.snapshot.info.kind is not Kind.COMMITTED:
                 raise Precondition(f"parent {parent!r} of snapshot {key!r} is not committed")
+        return on
+
+    def _committed(
+        self, key: str, name: str, parent: str, labels: Labels[str, str], usage: Usage, number: int
+    ) -> Entry:
+        on = self.check_commit(key, name, parent)
+        active = self.find(key)
         now = time.time_ns()
         info = Info(
             name=name,
@@ -253,6 +264,10 @@ class Index:
             self._content[content] += times
             if not self._content[content]:
                 del self._content[content]
+
+
+def _made(entry: Entry) -> tuple[int, int]:
+    return entry.snapshot.info.created_ns, entry.snapshot.number
 
 
 def without_empty(labels: Labels[str, str]) -> dict[str, str]:

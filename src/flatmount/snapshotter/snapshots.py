@@ -22,6 +22,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from collections.abc import Mapping as Labels
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -30,18 +31,11 @@ from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter import book
 from flatmount.snapshotter.ahead import Ahead
+from flatmount.snapshotter.answers import Answers
 from flatmount.snapshotter.desk import Change, Desk
 from flatmount.snapshotter.filters import parse_filters
 from flatmount.snapshotter.flattening import Flattening
-from flatmount.snapshotter.forms import (
-    bind_answer,
-    form_for,
-    helper_answer,
-    helper_plan,
-    keeps_host_ids,
-    lowers_of,
-    plain_answer,
-)
+from flatmount.snapshotter.forms import form_for, keeps_host_ids, lowers_of
 from flatmount.snapshotter.index import Entry, Index, remap_refused, without_empty
 from flatmount.snapshotter.model import (
     GID_LABEL,
@@ -56,9 +50,8 @@ from flatmount.snapshotter.model import (
     Snapshot,
     Usage,
 )
-from flatmount.snapshotter.ranges import Ranges
-from flatmount.snapshotter.roots import Roots
 from flatmount.snapshotter.trees import Trees, Upper
+from flatmount.snapshotter.turns import Shared, Turns
 from flatmount.store.disk import Disk
 from flatmount.store.reserve import Reserve
 
@@ -66,15 +59,19 @@ log = logging.getLogger("flatmount.snapshotter")
 T = TypeVar("T")
 Done = Callable[[Any], None]
 
-# overlayfs takes 500 lowers and mount(2) 4,095 bytes of options, which it cuts without a word; containerd shortens what
-# is longer than 3,584. A chain whose lowers are more than this gets a flat tree before containerd is answered.
-MOST_LOWERS = 100
-MOST_LOWER_BYTES = 3200
 _WORKERS = 16
 # A disk that has been at work on one commit for so long does not answer.
 _STUCK_S = 5.0
 
 HELPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kernel", "flatmount-assemble")
+
+
+@dataclass(slots=True)
+class _Copy:
+    """The number of the directory that a commit enters, and whether the book may have it."""
+
+    number: int
+    entered: bool = False
 
 
 class Snapshots:
@@ -94,26 +91,20 @@ class Snapshots:
         """
         self.form = form
         self._disk = disk
-        self._run = run
         self._facts = facts
         self._pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="work")
         self._trees = Trees(disk)
-        self.ranges = Ranges(disk.data, run)
-        self.roots = Roots(disk.data, run, facts)
-        self._plans = os.path.join(run, "plans")
         self._index = Index()
-        # The book has refused what the index has: it is to be read again before anything else.
-        self._stale = False
-        self._reading: asyncio.Task[None] | None = None
-        # Keys with a request under way, and who waits for their turn.
-        self._held: dict[str, deque[asyncio.Future[None]]] = {}
+        self._turns = Turns(self._read_again)
+        self._held = self._turns.held
         self._tasks: set[asyncio.Task[None]] = set()
         # Numbers of copies that a commit is about to enter in the book.
         self._copies: set[int] = set()
         self._lock_fd = -1
         self.flattening = Flattening(self._flatten_now, flatten_after_s)
-        self._sync: asyncio.Task[None] | None = None
-        self._next_sync: asyncio.Task[None] | None = None
+        self._answers = Answers(disk.data, run, facts, HELPER, self.flattening, self._in_pool)
+        self.ranges, self.roots = self._answers.ranges, self._answers.roots
+        self._synced = Shared(lambda: self._in_pool(self._trees.sync))
 
     # Life.
 
@@ -128,10 +119,9 @@ class Snapshots:
             raise InUse(
                 f"another snapshotter serves the store at {self._disk.root}", hint="stop it, or name another --root"
             ) from None
-        os.makedirs(self._plans, mode=0o700, exist_ok=True)
-        path = os.path.join(self._disk.base, "state.db")
-        self._desk = Desk(path, self._disk.data_fd, Reserve(self._disk.base), self._trees, self._not_written)
-        self._ahead = Ahead(self._trees, self._desk.numbers, self._in_pool)
+        path, reserve = os.path.join(self._disk.base, "state.db"), Reserve(self._disk.base)
+        self._desk = Desk(path, self._disk.data_fd, reserve, self._trees, self._turns.refuse)
+        self._ahead = Ahead(self._trees, self._desk.numbers, self._in_pool, reserve.is_roomy)
         await self._read_again()
         entries = list(self._index)
         await self._in_pool(lambda: self._recover(entries))
@@ -156,11 +146,7 @@ class Snapshots:
                 log.error(error.line())
         snapshots = [entry.snapshot for entry in entries]
         self.flattening.flats = self._trees.flats(s.number for s in snapshots if s.info.kind is Kind.COMMITTED)
-        self.ranges.recover({s.number: s.mapping for s in snapshots if s.mapping is not None and _uses_range(s)})
-        for line in self.roots.recover(s.number for s in snapshots if _uses_root(s)):
-            log.warning(line)
-        for name in set(os.listdir(self._plans)) - {str(number) for number in numbers}:
-            os.unlink(os.path.join(self._plans, name))
+        self._answers.recover(snapshots)
 
     async def close(self) -> None:
         """Let go of the store. No mount is undone, and running containers notice nothing.
@@ -188,7 +174,7 @@ class Snapshots:
         mapping = mapping_of(labels)
         if mapping is not None and key.endswith("-remap"):
             raise remap_refused(key)
-        if self._stale or key in self._held:
+        if self._turns.stale or key in self._held:
             return False
         now = time.time_ns()
         info = Info(key, parent, kind, now, now, labels)
@@ -204,10 +190,12 @@ class Snapshots:
         self._held[key] = deque()
 
         def entered(error: BaseException | None) -> None:
+            if self._index is not index:
+                self._turns.refuse()  # it may have been read before this was written
             if error is not None:
                 if self._stands(index):
                     index.remove(key)
-                self._release(key)
+                self._turns.release(key)
                 done(error)
                 return
             if on is not None:
@@ -229,12 +217,12 @@ class Snapshots:
 
     def mounts_soon(self, key: str, done: Done) -> bool:
         """What to mount for an active snapshot or a view, as often as it is asked. Raises: Precondition for others."""
-        if self._stale or key in self._held:
+        if self._turns.stale or key in self._held:
             return False
         entry = self._index.find(key)
         if entry.snapshot.info.kind is Kind.COMMITTED:
             raise Precondition(f"snapshot {key!r} is neither active nor a view")
-        ready = self._answer_at_once(entry)
+        ready = self._answers.at_once(entry)
         if ready is not None:
             done(ready)
         else:
@@ -252,25 +240,25 @@ class Snapshots:
 
         Raises: SnapshotNotFound; Precondition, while another one stands on it. To `done`: StoreError.
         """
-        if self._stale or key in self._held:
+        if self._turns.stale or key in self._held:
             return False
         gone = self._index.remove(key).snapshot
         self._held[key] = deque()
 
         def removed(error: BaseException | None) -> None:
-            self._release(key)
+            self._turns.release(key)
             if error is not None:
                 done(error)
                 return
             self.flattening.forget(gone.number)
-            if self._let_go_at_once(gone):
+            if self._answers.let_go_at_once(gone):
                 done(None)
             else:
                 self._start(let_go())
 
         async def let_go() -> None:
             try:
-                await self._let_go(gone)
+                await self._answers.let_go(gone)
             finally:
                 done(None)
 
@@ -286,83 +274,86 @@ class Snapshots:
         if not name:
             raise InvalidRequest("a committed snapshot needs a name")
         _checked(name)
-        async with self._locked(key):
+        await self._turns.to_its_end(self._commit(name, key, parent, labels))
+
+    async def _commit(self, name: str, key: str, parent: str, labels: Labels[str, str]) -> None:
+        async with self._turns.locked(key, name):
             active = self._index.find(key).snapshot
-            if active.info.kind is not Kind.ACTIVE:
-                raise Precondition(f"snapshot {key!r} is not active")
+            on = self._index.check_commit(key, name, parent)
             if active.unpacked:
-                on = self._index.find(parent).snapshot.number if parent else None
-                await self._in_pool(lambda: self._trees.rebase(active, on))
-            async with self._copy(active) as number:
-                place = active.fs if number == active.number else f"snapshots/{number}/fs"
-                usage = await self._in_pool(lambda: self._trees.measure(place))
-                await self._synced()
+                number_on = None if on is None else on.snapshot.number
+                await self._in_pool(lambda: self._trees.rebase(active, number_on))
+            async with self._copy(active) as copy:
+                usage = await self._in_pool(lambda: self._trees.measure(f"snapshots/{copy.number}/fs"))
+                await self._synced.run()
                 if active.number <= self._trees.lost:
                     raise StoreError(
                         f"snapshot {key!r}: its files may not have reached the disk, a write to which failed",
                         hint="remove it and pull again",
                     )
-                made = await self._enter_commit(active, name, parent, labels, usage, number)
-            if not self._let_go_at_once(active):
-                await self._let_go(active)
+                made = await self._enter_commit(active, name, parent, labels, usage, copy)
+            await self._let_go(active)
             chain = made.chain
             if len(chain) > 1:
                 self.flattening.put_off(chain[1])
             self.flattening.soon(chain)
 
     async def _enter_commit(
-        self, active: Snapshot, name: str, parent: str, labels: Labels[str, str], usage: Usage, number: int
+        self, active: Snapshot, name: str, parent: str, labels: Labels[str, str], usage: Usage, copy: _Copy
     ) -> Entry:
         key = active.info.name
-        await self._not_stale()
+        await self._turns.not_stale()
         index = self._index
-        with index.committing(key, name, parent, labels, usage, number) as made:
+        with index.committing(key, name, parent, labels, usage, copy.number) as made:
             rows = book.Rows(delete=active.number, insert=book.row_of(made.snapshot, made.parent_number, usage))
-            await self._desk.write(rows, growing=True)
+            copy.entered = True
             try:
+                await self._desk.write(rows, growing=True)
                 # Nobody stands on it before it is there for good.
                 await self._desk.durable()
-            except StoreError:
-                self._not_written()
+            except BaseException as error:
+                self._turns.refuse()  # the book may have it
+                if isinstance(error, StoreError):
+                    self._start(self._let_go_if_gone(active))
                 raise
             if self._stands(index):
                 index.commit(key, made)
             else:
-                self._not_written()  # it may have been read before this was written
+                self._turns.refuse()  # it may have been read before this was written
             return made
 
     @asynccontextmanager
-    async def _copy(self, active: Snapshot) -> AsyncIterator[int]:
-        """The number of a copy of an upper of host ids in the container's, for the block to enter; its own for others.
+    async def _copy(self, active: Snapshot) -> AsyncIterator[_Copy]:
+        """A copy of an upper of host ids in the container's, for the block to enter; for others what they have.
 
-        A copy that the block does not enter is gone afterwards.
+        A copy that the block fails to begin to enter is gone afterwards. One that the book may have is left: where it
+        has not, a cleanup takes it away.
         """
         if not active.host_ids:
-            yield active.number
+            yield _Copy(active.number)
             return
         while (taken := self._ahead.take(ready=False)) is None:
             await self._ahead.more()
-        number, _ = taken
-        self._copies.add(number)
-        copying = asyncio.ensure_future(self._in_pool(lambda: self._trees.copy_to_container_ids(active, number)))
+        copy = _Copy(taken[0])
+        self._copies.add(copy.number)
         try:
-            await asyncio.shield(copying)
-            yield number
+            await self._in_pool(lambda: self._trees.copy_to_container_ids(active, copy.number))
+            yield copy
         except Exception:
-            await self._in_pool(lambda: self._trees.discard(number))
+            if not copy.entered:
+                await self._in_pool(lambda: self._trees.discard(copy.number))
             raise
         finally:
-            # A request that is cancelled leaves the copying behind, and nobody takes it away under its hands.
-            copying.add_done_callback(lambda done: self._copies.discard(number))
+            self._copies.discard(copy.number)
 
     async def stat(self, key: str) -> Info:
         """What is known of a snapshot."""
-        await self._not_stale()
+        await self._turns.not_stale()
         return self._index.find(key).snapshot.info
 
     async def update(self, key: str, labels: Labels[str, str], paths: Sequence[str]) -> Info:
         """Change labels; `paths` as in a field mask."""
-        async with self._locked(key):
+        async with self._turns.locked(key):
             entry = self._index.update(key, labels, paths)
             await self._desk.write(book.Rows(update=book.labels_row(entry.snapshot)))
             return entry.snapshot.info
@@ -370,12 +361,12 @@ class Snapshots:
     async def list(self, filters: Sequence[str]) -> list[Info]:
         """Every snapshot that one of the filters wants."""
         wanted = parse_filters(filters)
-        await self._not_stale()
+        await self._turns.not_stale()
         return [entry.snapshot.info for entry in self._index if wanted(entry.snapshot.info)]
 
     async def usage(self, key: str) -> Usage:
         """What a snapshot takes: measured now for an active one, when it was committed for others."""
-        await self._not_stale()
+        await self._turns.not_stale()
         entry = self._index.find(key)
         if entry.snapshot.info.kind is Kind.ACTIVE:
             return await self._in_pool(lambda: self._trees.measure(entry.snapshot.fs))
@@ -387,7 +378,7 @@ class Snapshots:
         Raises: StoreError, naming what could not be deleted; the rest is gone.
         """
         left = await self._in_pool(self.roots.retry)
-        await self._not_stale()
+        await self._turns.not_stale()
         # Whoever is given a number after this has a higher one; what was removed until now is out of the book for good
         # before its files go.
         known, last = self._index.numbers() | self._ahead.held() | self._copies, self._ahead.last
@@ -409,161 +400,57 @@ class Snapshots:
 
     async def check(self) -> None:
         """Whether the store's disk answers. Raises: StoreError, where it says that it does not; may wait for ever."""
-        await self._not_stale()
+        await self._turns.not_stale()
         await self._desk.read(lambda db: db.execute("SELECT last FROM numbers").fetchone())
         if self._desk.stuck_s() > _STUCK_S:
             raise StoreError(f"{self._disk.root}: a commit has taken {self._desk.stuck_s():.0f} s")
 
-    # Turns.
-
-    async def _in_turn(self, key: str, begin: Callable[[Done], bool]) -> Any:
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-        def done(result: Any) -> None:
-            if future.done():
-                return
-            if isinstance(result, BaseException):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-
-        while not begin(done):
-            if key in self._held:
-                # Only to see it free: whoever comes first takes it.
-                async with self._locked(key):
-                    pass
-            elif self._stale:
-                await self._not_stale()
-            else:
-                await self._ahead.more()
-        return await future
-
-    @asynccontextmanager
-    async def _locked(self, key: str) -> AsyncIterator[None]:
-        """One request at a time for each key, and none on an index that the book does not bear out."""
-        while key in self._held:
-            turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._held[key].append(turn)
-            await turn
-        self._held[key] = deque()
-        try:
-            await self._not_stale()
-            yield
-        finally:
-            self._release(key)
-
-    def _release(self, key: str) -> None:
-        for turn in self._held.pop(key):
-            if not turn.done():
-                turn.set_result(None)
-
-    def _not_written(self) -> None:
-        self._stale = True
-
-    async def _not_stale(self) -> None:
-        """Have the index say what the book says. Raises: StoreError, where that cannot be read."""
-        while self._stale:
-            if self._reading is None or self._reading.done():
-                self._reading = asyncio.create_task(self._read_again())
-            await asyncio.shield(self._reading)
-
-    def _stands(self, index: Index) -> bool:
-        return self._index is index and not self._stale
-
-    async def _read_again(self) -> None:
-        # What was allowed before has been written or refused by then, and nothing new is allowed.
-        with suppress(StoreError):
-            await self._desk.settled()
-        self._stale = False
-        try:
-            self._index = Index(await self._desk.read(lambda db: list(book.with_usage(db))))
-        except BaseException:
-            self._stale = True
-            raise
-
     # Within.
 
-    def _answer_at_once(self, entry: Entry) -> Mount | None:
-        snapshot, mapping, tree = entry.snapshot, entry.snapshot.mapping, self._disk.data
-        if snapshot.form is not Form.OVERLAY:
-            return None
-        lowers = lowers_of(entry.parents, self.flattening.flats)
-        if mapping is not None:
-            attached = self.ranges.acquire_attached(snapshot.number, mapping)
-            if attached is None:
-                return None
-            tree = attached
-        known = entry.answer
-        if known is not None and known[0] == tree and known[1] == lowers:
-            return known[2]
-        if _too_long(tree, lowers):
-            return None
-        answer = plain_answer(snapshot, lowers, data=self._disk.data, tree=tree)
-        entry.answer = (tree, lowers, answer)
-        return answer
+    async def _in_turn(self, key: str, begin: Callable[[Done], bool]) -> Any:
+        return await self._turns.in_turn(key, begin, self._ahead.more)
+
+    def _stands(self, index: Index) -> bool:
+        return self._index is index and not self._turns.stale
+
+    async def _read_again(self) -> None:
+        # What was allowed before has been written or refused by then, and nothing new is allowed until the end.
+        with suppress(StoreError):
+            await self._desk.settled()
+        self._index = Index(await self._desk.read(lambda db: list(book.with_usage(db))))
 
     def _answer_soon(self, entry: Entry, done: Done) -> None:
         """Tell `done` what to mount; the key is held until then."""
         key = entry.snapshot.info.name
-        ready = self._answer_at_once(entry)
+        ready = self._answers.at_once(entry)
         if ready is not None:
-            self._release(key)
+            self._turns.release(key)
             done(ready)
             return
 
         async def answer() -> None:
             result: Mount | Exception
             try:
-                result = await self._answer(entry)
+                result = await self._answers.make(entry)
             except Exception as error:
                 result = error
             finally:
-                self._release(key)
+                self._turns.release(key)
             done(result)
 
         self._start(answer())
 
-    async def _answer(self, entry: Entry) -> Mount:
-        snapshot, data, mapping = entry.snapshot, self._disk.data, entry.snapshot.mapping
-        tree = data
-        if mapping is not None and snapshot.form is Form.OVERLAY:
-            tree = await self._in_pool(lambda: self.ranges.acquire(snapshot.number, mapping))
-        lowers = lowers_of(entry.parents, self.flattening.flats)
-        if _too_long(tree, lowers):
-            await self.flattening.now(entry.parents)
-            lowers = lowers_of(entry.parents, self.flattening.flats)
-        if snapshot.form is Form.BIND:
-            return bind_answer(await self._in_pool(lambda: self.roots.ensure(snapshot, lowers)))
-        if snapshot.form is Form.HELPER:
-            plan = os.path.join(self._plans, str(snapshot.number))
-            text = helper_plan(snapshot, lowers, data=data, detached=self._facts.detached_layers)
-            await self._in_pool(lambda: _write(plan, text))
-            return helper_answer(HELPER, plan)
-        return plain_answer(snapshot, lowers, data=data, tree=tree)
-
-    def _let_go_at_once(self, gone: Snapshot) -> bool:
-        """Whether nothing stands for a snapshot that must be taken off, or others need it as well."""
-        return gone.form is Form.OVERLAY and (
-            gone.mapping is None or self.ranges.release_shared(gone.number, gone.mapping)
-        )
-
     async def _let_go(self, gone: Snapshot) -> None:
-        """Take off what stood for a snapshot. What cannot go now is told and goes with a later cleanup."""
+        if not self._answers.let_go_at_once(gone):
+            await self._answers.let_go(gone)
 
-        def release() -> None:
-            mapping = gone.mapping
-            if mapping is not None and _uses_range(gone):
-                self.ranges.release(gone.number, mapping)
-            if gone.form is Form.BIND:
-                self.roots.take_off(gone.number)
-            if gone.form is Form.HELPER:
-                with suppress(FileNotFoundError):
-                    os.unlink(os.path.join(self._plans, str(gone.number)))
-
-        try:
-            await self._in_pool(release)
-        except FlatmountError as error:
-            log.warning(error.line(), extra={"key": gone.info.name})
+    async def _let_go_if_gone(self, active: Snapshot) -> None:
+        """After a commit that the book may have and that was told to have failed."""
+        with suppress(StoreError):
+            async with self._turns.locked(active.info.name):
+                entry = self._index.get(active.info.name)
+                if entry is None or entry.snapshot.number != active.number:
+                    await self._let_go(active)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -574,18 +461,6 @@ class Snapshots:
         """Make the flat tree of the chain whose nearest snapshot is `parents[0]`."""
         sources = lowers_of(parents, self.flattening.flats)
         await self._in_pool(lambda: self._trees.flatten(parents[0], sources))
-
-    async def _synced(self) -> None:
-        """Everything written before this call is on disk when it returns; many who wait share one syncfs."""
-        if self._next_sync is None:
-            self._next_sync = asyncio.create_task(self._sync_after(self._sync))
-        await asyncio.shield(self._next_sync)
-
-    async def _sync_after(self, before: asyncio.Task[None] | None) -> None:
-        if before is not None:
-            await asyncio.wait([before])
-        self._sync, self._next_sync = self._next_sync, None
-        await self._in_pool(self._trees.sync)
 
     async def _in_pool(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -611,23 +486,3 @@ def mapping_of(labels: Labels[str, str]) -> Mapping | None:
 @lru_cache(maxsize=1024)
 def _parsed(uids: str, gids: str) -> Mapping:
     return Mapping.parse(uids, gids)
-
-
-def _too_long(tree: str, lowers: Sequence[str]) -> bool:
-    room = MOST_LOWER_BYTES - (len(tree) + 2) * len(lowers)
-    return len(lowers) > MOST_LOWERS or sum(map(len, lowers)) > room
-
-
-def _uses_range(snapshot: Snapshot) -> bool:
-    return snapshot.mapping is not None and snapshot.form is Form.OVERLAY
-
-
-def _uses_root(snapshot: Snapshot) -> bool:
-    return snapshot.info.kind is Kind.ACTIVE and snapshot.form is Form.BIND
-
-
-def _write(path: str, text: str) -> None:
-    """Whole or not at all: containerd may be reading the one before."""
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(path + ".new", path)

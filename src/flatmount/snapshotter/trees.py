@@ -11,6 +11,7 @@ What the book does not know is nobody's: it is moved to the store's trash and de
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import threading
@@ -92,7 +93,15 @@ class Trees:
                 found[place] = error
             else:
                 entries.append((place, (upper.number, upper.made, upper.work, upper.none, mode, uid, gid)))
-        for (place, _), number in zip(entries, make_uppers(self._fd, [e for _, e in entries]), strict=True):
+        for (place, entry), number in zip(entries, make_uppers(self._fd, [e for _, e in entries]), strict=True):
+            if number == errno.EEXIST and not uppers[place].made:
+                # Left by the committer, whose rows were refused: no number is given twice.
+                try:
+                    self._hide(f"snapshots/{uppers[place].number}")
+                    (number,) = make_uppers(self._fd, [entry])
+                except StoreError as error:
+                    found[place] = error
+                    continue
             if number:
                 found[place] = _told(
                     OSError(number, os.strerror(number)), f"make the directories of snapshot {uppers[place].name!r}"
@@ -174,7 +183,7 @@ class Trees:
         return repaired
 
     def _make_top(self, number: int) -> None:
-        # No number is given twice, and `start` has taken away what the book does not know.
+        # It is not there: no number is given twice, and `start` has taken away what the book does not know.
         self.highest = max(self.highest, number)
         os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
 
@@ -379,14 +388,17 @@ class Trees:
         return left
 
     def _hide(self, path: str) -> None:
+        # No directory is made for it: a full disk has no room for one.
         name = path.replace("/", "-")
         for attempt in range(1000):
             try:
-                os.mkdir(f"trash/{name}.{attempt}", 0o700, dir_fd=self._fd)
-            except FileExistsError:
-                continue
-            with suppress(FileNotFoundError):
-                os.rename(path, f"trash/{name}.{attempt}/0", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+                os.rename(path, f"trash/{name}.{attempt}", src_dir_fd=self._fd, dst_dir_fd=self._fd)
+            except FileNotFoundError:
+                return
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.EISDIR, errno.ENOTDIR):
+                    continue
+                raise _told(error, "move what no snapshot owns away") from error
             return
         raise StoreError(f"{self._disk.data}/trash is full of {name}", hint="see what keeps them from being deleted")
 
