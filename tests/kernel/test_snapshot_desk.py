@@ -633,6 +633,21 @@ def test_a_full_ext4_of_a_gigabyte_is_emptied(tmp_path: Path, facts: HostFacts) 
         fill(place / "filler-again")
         async with served(place / "store", facts) as snapshots:
             assert await names(snapshots) == []
+        # So does what any other command writes.
+        path, reserve = str(place / "store/v1/state.db"), Reserve(str(place / "store/v1"))
+        for filler in place.glob("filler*"):
+            filler.unlink()
+        book_of_store = Database(path, reserve=reserve)
+        with book_of_store.transaction(growing=True) as db:
+            db.executemany("INSERT INTO documents VALUES (?, ?)", [(f"{n}", bytes(1000)) for n in range(1000)])
+        book_of_store.close()
+        assert reserve.keep()
+        fill(place / "filler-again")
+        assert reserve.is_low()
+        book_of_store = Database(path, reserve=reserve)
+        with book_of_store.transaction() as db:
+            db.execute("DELETE FROM documents WHERE rowid <= 50")
+        book_of_store.close()
 
     def fill(path: Path) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)

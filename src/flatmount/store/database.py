@@ -222,15 +222,7 @@ class Database:
             self._connection.execute("BEGIN IMMEDIATE")
             try:
                 yield self._connection
-                try:
-                    self._connection.execute("COMMIT")
-                except sqlite3.OperationalError as error:
-                    # SQLite asks for no room before, and has not given the transaction up where it can be tried again.
-                    if growing or not _wants_room(error) or not self._connection.in_transaction:
-                        raise
-                    if not self.release_reserve():
-                        raise
-                    self._connection.execute("COMMIT")
+                self._connection.execute("COMMIT")
             except BaseException:
                 if self._connection.in_transaction:
                     self._connection.execute("ROLLBACK")
@@ -240,12 +232,7 @@ class Database:
         """Run one statement as a transaction of its own: as `transaction`, with one call to SQLite."""
         self._check_writable(growing)
         with self._lock, self._told():
-            try:
-                self._connection.execute(statement, parameters)
-            except sqlite3.OperationalError as error:
-                if growing or not _wants_room(error) or not self.release_reserve():
-                    raise
-                self._connection.execute(statement, parameters)
+            self._connection.execute(statement, parameters)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

@@ -7,6 +7,7 @@ files. ROOT/v1/reserve/ holds a few files of blocks that are given back to the f
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from typing import Final
 
@@ -14,6 +15,7 @@ _FILES: Final = 4  # so many inodes: a file system can be out of those as well
 _FILE_BYTES: Final = 256 << 10
 _LOW_BYTES: Final = 512 << 10
 _LOW_INODES: Final = 4
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 # It is not taken from a disk that is as good as full: what needs room now is more important.
 _ROOMY_BYTES: Final = 4 << 20
 _ROOMY_INODES: Final = 64
@@ -43,15 +45,15 @@ class Reserve:
         return False
 
     def is_low(self) -> bool:
-        """Whether the file system says that it is as good as full.
-
-        It need not say so: of what ext4 calls free up to 16 MiB are blocks that it keeps for itself. Who is refused
-        room knows better.
-        """
+        """Whether the file system is as good as full."""
         with contextlib.suppress(OSError):
             found = os.statvfs(self._base)
-            blocks, inodes = (found.f_bavail, found.f_favail) if os.geteuid() else (found.f_bfree, found.f_ffree)
-            return not _has(found, blocks, inodes, _LOW_BYTES, _LOW_INODES)
+            if _has(found, found.f_bavail, found.f_favail, _LOW_BYTES, _LOW_INODES):
+                return False
+            if os.geteuid() or not _has(found, found.f_bfree, found.f_ffree, _LOW_BYTES, _LOW_INODES):
+                return True
+            # The rest is root's, or nobody's: ext4 counts as free up to 16 MiB that it keeps for itself.
+            return not self._has_room()
         return True
 
     def is_roomy(self) -> bool:
@@ -76,6 +78,19 @@ class Reserve:
 
     def _paths(self) -> list[str]:
         return [os.path.join(self._directory, str(number)) for number in range(_FILES)]
+
+    def _has_room(self) -> bool:
+        try:
+            fd = os.open(self._base, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            return error.errno not in _FULL
+        try:
+            os.posix_fallocate(fd, 0, _LOW_BYTES)
+        except OSError as error:
+            return error.errno not in _FULL
+        finally:
+            os.close(fd)
+        return True
 
     def _whole(self) -> bool:
         try:
