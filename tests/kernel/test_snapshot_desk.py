@@ -368,6 +368,7 @@ def test_a_commit_whose_caller_has_gone_is_entered_or_not_but_never_half(
             commit.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await commit
+            assert {"key", "name"} <= snapshots._turns.held.keys()
             removing = asyncio.create_task(snapshots.remove("key"))
             await asyncio.sleep(0.05)
             assert not removing.done(), "its key is still held"
