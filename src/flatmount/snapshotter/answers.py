@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
@@ -10,11 +11,12 @@ from typing import Any
 
 from flatmount.errors import FlatmountError
 from flatmount.plan.facts import HostFacts
+from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter.flattening import Flattening
 from flatmount.snapshotter.forms import bind_answer, helper_answer, helper_plan, lowers_of, plain_answer
 from flatmount.snapshotter.index import Entry
 from flatmount.snapshotter.model import Form, Kind, Mount, Snapshot
-from flatmount.snapshotter.ranges import Ranges
+from flatmount.snapshotter.ranges import Ranges, range_name
 from flatmount.snapshotter.roots import Roots
 
 log = logging.getLogger("flatmount.snapshotter")
@@ -49,6 +51,8 @@ class Answers:
         self._in_pool = in_pool
         self._helper = helper
         self._plans = os.path.join(run, "plans")
+        # Ranges whose tree is being attached, by name.
+        self._attaching: dict[str, asyncio.Future[str]] = {}
 
     def recover(self, snapshots: Sequence[Snapshot]) -> None:
         """Find again what stands for these snapshots, and take off what stands for others."""
@@ -84,7 +88,7 @@ class Answers:
         snapshot, data, mapping = entry.snapshot, self._data, entry.snapshot.mapping
         tree = data
         if mapping is not None and snapshot.form is Form.OVERLAY:
-            tree = await self._in_pool(lambda: self.ranges.acquire(snapshot.number, mapping))
+            tree = await self._attached(snapshot.number, mapping)
         lowers = lowers_of(entry.parents, self._flattening.flats)
         if _too_long(tree, lowers):
             await self._flattening.now(entry.parents)
@@ -97,6 +101,19 @@ class Answers:
             await self._in_pool(lambda: _write(plan, text))
             return helper_answer(self._helper, plan)
         return plain_answer(snapshot, lowers, data=data, tree=tree)
+
+    async def _attached(self, number: int, mapping: Mapping) -> str:
+        """The tree of a range. A burst of containers in one range has one of them attach it, and the others wait."""
+        name = range_name(mapping)
+        while (tree := self.ranges.acquire_attached(number, mapping)) is None:
+            attaching = self._attaching.get(name)
+            if attaching is None:
+                attaching = asyncio.ensure_future(self._in_pool(lambda: self.ranges.acquire(number, mapping)))
+                self._attaching[name] = attaching
+                attaching.add_done_callback(lambda done: self._attaching.pop(name))
+                return str(await asyncio.shield(attaching))
+            await asyncio.wait([attaching])
+        return tree
 
     def let_go_at_once(self, gone: Snapshot) -> bool:
         """Whether nothing stands for a snapshot that must be taken off, or others need it as well."""
