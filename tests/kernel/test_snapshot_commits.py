@@ -13,8 +13,10 @@ import pytest
 
 from flatmount.errors import StoreError
 from flatmount.plan.facts import HostFacts
+from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter import trees
 from flatmount.snapshotter.model import Form, Kind, SnapshotExists, Usage
+from flatmount.snapshotter.ranges import Ranges
 from flatmount.snapshotter.snapshots import Snapshots
 from flatmount.store import Store
 from flatmount.store.disk import Disk
@@ -128,4 +130,35 @@ def test_a_mapped_commit_survives_another_command_and_leaves_nothing_when_it_fai
             await clear(snapshots)
 
     monkeypatch.setattr(trees.Trees, "measure", measured)
+    asyncio.run(play())
+
+
+def test_of_a_burst_in_one_range_one_attaches_its_tree(
+    tmp_path: Path, facts: HostFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    acquire = Ranges.acquire
+
+    def acquiring(self: Ranges, number: int, mapping: Mapping) -> str:
+        asked.append(number)
+        return acquire(self, number, mapping)
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            await snapshots.create(Kind.ACTIVE, "base", "", {})
+            await snapshots.commit("image", "base", "", {})
+            keys = [f"c-{number}" for number in range(40)]
+            mounts = await asyncio.gather(*(snapshots.create(Kind.ACTIVE, key, "image", RANGE) for key in keys))
+            (lower,) = {word for mount in mounts for word in mount.options if word.startswith("lowerdir=")}
+            assert "/run/ranges/" in lower
+            assert len(asked) == 1
+            assert snapshots.ranges.attached == 1
+            # All of them are counted: the tree goes with the last.
+            await asyncio.gather(*(snapshots.remove(key) for key in keys[1:]))
+            assert snapshots.ranges.attached == 1
+            await snapshots.remove(keys[0])
+            assert snapshots.ranges.attached == 0
+            await clear(snapshots)
+
+    monkeypatch.setattr(Ranges, "acquire", acquiring)
     asyncio.run(play())

@@ -49,8 +49,9 @@ _SIMULATED = tuple(
     Burst(strategy, containers, 20, copies)
     for strategy, containers, copies in itertools.product(STRATEGIES, (20, 50, 100, 200), (0, 2))
 )
-# Short bursts vary more from one run to the next.
-_SIMULATIONS = {"per-layer": 5, "common-parent": 40, "flat": 100}
+# A simulation is run until its mean is known so well, by its own scatter, or so often.
+_KNOWN_TO = 0.005
+_FEWEST_RUNS, _MOST_RUNS = 5, 200
 
 
 def validate(budget_s: float, *, progress: Progress = lambda _: None) -> Validation:
@@ -185,8 +186,12 @@ def simulated_points(model: Model) -> Iterable[SimulatedPoint]:
     """The formula and the simulation with a model's costs, over all strategies."""
     for burst in _SIMULATED:
         formula = burst_s(model.costs, burst, cpus=model.cpus, before=model.before)
-        times = [
-            simulate_burst(model.costs, burst, cpus=model.cpus, before=model.before, seed=seed)
-            for seed in range(_SIMULATIONS[burst.strategy])
-        ]
+        times: list[float] = []
+        while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and _scatter(times) > _KNOWN_TO):
+            times.append(simulate_burst(model.costs, burst, cpus=model.cpus, before=model.before, seed=len(times)))
         yield SimulatedPoint(burst, formula, statistics.mean(times))
+
+
+def _scatter(times: Sequence[float]) -> float:
+    """The standard error of their mean, as a part of it."""
+    return float(statistics.stdev(times) / statistics.mean(times) / len(times) ** 0.5)
