@@ -145,7 +145,6 @@ class Service:
     def serve(self, listening: socket.socket) -> None:
         """Answer whoever connects to `listening`, which is the service's from now on. Raises: OSError."""
         self._loop = asyncio.get_running_loop()
-        listening.setblocking(False)
         paths = tuple((way.path, way.fields, way.name == "Watch") for way in self._ways)
         self._front = Front(listening.fileno(), paths, _MOST_REQUEST_BYTES, self._deadline_s)
         listening.detach()
@@ -233,8 +232,7 @@ class Service:
         if code not in _EXPECTED:
             log.warning("call", extra={"call": way.name, "code": code.name, "reason": told})
         if self._front is not None:
-            # Paths of files may have bytes that are no text.
-            self._front.end(call, code, told.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"))
+            self._front.end(call, code, told)
             self._flush_soon()
 
     def _left(self, call: int) -> None:
