@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +49,13 @@ def said(line: CommandLine, *arguments: str, expect: int = 0) -> tuple[str, list
     done = subprocess.run(command, env=line.environment(), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == expect, done.stderr
     return done.stdout, done.stderr.splitlines()
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def wait_for_flat(line: CommandLine, name: str) -> str:
@@ -206,17 +213,26 @@ def builders(digest: str) -> list[str]:
     return found
 
 
-def test_one_build_is_begun_however_often_it_is_asked_for(own: CommandLine, store: Store) -> None:
+def test_one_build_is_begun_however_often_it_is_asked_for(
+    own: CommandLine, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image = store.image("app")
+    begun = 0
+
+    def counted(command: list[str], lock: int) -> None:
+        nonlocal begun
+        begun += 1
+        start(command, lock)
+
+    start = flatten._start
+    monkeypatch.setattr(flatten, "_start", counted)
     with store._disk.building():
         for _ in range(5):
             flatten.flatten_when("background", store, image, FlatForm.HARDLINK)
-        assert len(builders(image.digest)) == 1
+        assert begun == 1
+        wait_until(lambda: len(builders(image.digest)) == 1)
     wait_for_flat(own, "app")
-    deadline = time.monotonic() + 30
-    while builders(image.digest):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: not builders(image.digest))
 
 
 def test_a_configured_image_that_cannot_be_made_gives_way_to_hard_links(

@@ -86,6 +86,18 @@ def test_a_copied_table_is_measured_at_the_nearest_ancestor_that_lives() -> None
     assert (tally(RUNC, None).copies, tally(RUNC, None).table_lengths) == (1, [])
 
 
+def test_a_number_that_was_another_processs_thread_is_nobodys_name() -> None:
+    lines = """\
+              sh-9731    (   9731) [000]  1.368154: task_newtask: pid=9738 comm=sh clone_flags=4100 oom_score_adj=0
+           <...>-9738    (   8688) [000]  1.368331: sched_process_exec: filename=/usr/bin/mount pid=9738 old_pid=9738
+           mount-9738    (   9738) [000]  1.369700: task_newtask: pid=9739 comm=mount clone_flags=10000 oom_score_adj=0
+           <...>-9739    (   8688) [000]  1.369713: sys_mount(dev_name: 0, dir_name: 1, type: 2, flags: 0, data: 0)
+           mount-9739    (   9738) [000]  1.369798: sys_mount -> 0x0
+"""
+    (process,) = tally(lines).processes()
+    assert (process.process, process.command) == (9738, "mount")
+
+
 def test_clone3_copies_are_seen_by_the_new_task() -> None:
     line = "sh-5 (5) [000] 1.000000: task_newtask: pid=6 comm=sh clone_flags=20000 oom_score_adj=0"
     counted = tally(line)

@@ -56,6 +56,7 @@ class Tally:
     _names: dict[int, str] = field(default_factory=dict)
     _called_as: dict[int, str] = field(default_factory=dict)
     _parents: dict[int, int] = field(default_factory=dict)
+    _processes: dict[int, int] = field(default_factory=dict)
     _counts: dict[int, dict[tuple[str, Effect], _Count]] = field(default_factory=dict)
     _executed: set[int] = field(default_factory=set)
 
@@ -121,9 +122,12 @@ class Tally:
     def _new_task(self, event: Event) -> None:
         words = event.words()
         task, flags = int(words["pid"]), int(words["clone_flags"], 16)
-        parent = _process(event)
+        parent = self._process(event)
         self._parents[task] = event.thread
-        if not flags & CLONE_THREAD:
+        if flags & CLONE_THREAD:
+            self._processes[task] = parent
+        else:
+            self._processes[task] = task
             self._names[task] = self._names.get(parent, event.comm)
         if flags & CLONE_NEWNS:
             self._count(event, "clone", Effect.COPY, True, 0)
@@ -131,19 +135,29 @@ class Tally:
 
     def _exec(self, event: Event) -> None:
         # What is executed through a descriptor (`/proc/self/fd/6`) keeps its name: a runtime that starts itself again.
-        self._executed.add(_process(event))
+        process = self._process(event)
+        self._executed.add(process)
         name = os.path.basename(event.words().get("filename", ""))
         if name and not name.isdigit():
-            self._names[_process(event)] = name
+            self._names[process] = name
 
     def _count(self, event: Event, name: str, effect: Effect, done: bool, took_ns: int) -> None:
-        process = _process(event)
+        process = self._process(event)
         self._called_as.setdefault(process, self._names.get(process, event.comm))
         count = self._counts.setdefault(process, {}).setdefault((name, effect), _Count())
         count.done += done
         count.failed += not done
         count.total_ns += took_ns
         count.longest_ns = max(count.longest_ns, took_ns)
+
+    def _process(self, event: Event) -> int:
+        """Whose thread it is.
+
+        Where its start was seen, that tells. The kernel prints what it noted at a thread's last switch, for a thread
+        that has made none yet the process of another that had its number before.
+        """
+        told = event.thread if event.process is None else event.process
+        return self._processes.get(event.thread, told)
 
     def _copied(self, task: int) -> None:
         # The task itself is in the copy by now, and may have taken its mounts off already (a runtime does).
@@ -159,10 +173,6 @@ class Tally:
 
 def _us(nanoseconds: int) -> float:
     return round(nanoseconds / 1e3, 1)
-
-
-def _process(event: Event) -> int:
-    return event.thread if event.process is None else event.process
 
 
 def threads_of(process: int) -> tuple[int, ...]:
