@@ -7,6 +7,11 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says what else the machine does, and nothing of what is tested.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 # A skip with this beginning says that the machine truly cannot; any other one is a failure in CI.
 CANNOT = "machine cannot: "

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flatmount.snapshotter._front import BOUNDS_S, Front
@@ -38,7 +38,6 @@ def ask(path: Path, message: bytes, *, method: str = "/test.Front/Echo", timeout
         return bytes(channel.unary_unary(method)(message, timeout=timeout_s))
 
 
-@settings(deadline=None)
 @given(
     requests=st.lists(
         st.tuples(TEXTS, TEXTS, TEXTS, st.dictionaries(TEXTS, TEXTS, max_size=5)), min_size=1, max_size=20

@@ -47,7 +47,7 @@ def member(name: str, **more: object) -> tarfile.TarInfo:
 names = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"), min_size=1, max_size=300)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     name=names.filter(lambda text: not text.endswith("/")),
     data=st.binary(max_size=2000),
