@@ -51,8 +51,8 @@ setup(
         # The snapshotter's door to containerd.
         Extension(
             "flatmount.snapshotter._front",
-            sources=[*sources("native/front"), "native/upper.c"],
-            depends=["native/front/front.h", "native/front/committer.h", "native/upper.h"],
+            sources=[*sources("native/front"), "native/upper.c", "native/read_uppers.c"],
+            depends=["native/front/front.h", "native/front/committer.h", "native/upper.h", "native/read_uppers.h"],
             include_dirs=["native"],
             libraries=["nghttp2"],
             define_macros=[("Py_LIMITED_API", "0x030b0000"), *MACROS],

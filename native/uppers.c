@@ -1,49 +1,38 @@
 /* The Python face of the directories of new snapshots: many in one go, the interpreter's lock let go. */
 #include "common.h"
-#include "upper.h"
+#include "read_uppers.h"
 
 #include <stdlib.h>
-
-struct job {
-	struct fm_upper upper;
-	int error;
-};
 
 static PyObject *make_uppers(PyObject *module, PyObject *args)
 {
 	int data;
-	PyObject *sequence;
+	PyObject *list, *answer = NULL;
+	struct fm_upper *uppers;
+	size_t count;
 
-	if (!PyArg_ParseTuple(args, "iO!:make_uppers", &data, &PyList_Type, &sequence))
+	if (!PyArg_ParseTuple(args, "iO!:make_uppers", &data, &PyList_Type, &list))
 		return NULL;
-	Py_ssize_t count = PyList_Size(sequence);
-	struct job *jobs = calloc(count ? (size_t)count : 1, sizeof(*jobs));
+	int *errors = NULL;
 
-	if (!jobs)
-		return PyErr_NoMemory();
-	for (Py_ssize_t i = 0; i < count; i++) {
-		struct fm_upper *one = &jobs[i].upper;
-
-		if (!PyArg_ParseTuple(PyList_GetItem(sequence, i), "LpppIII:make_uppers", &one->number, &one->made,
-				      &one->work, &one->none, &one->mode, &one->uid, &one->gid)) {
-			free(jobs);
-			return NULL;
-		}
+	if (fm_read_uppers(list, &uppers, &count) && !(errors = calloc(count + 1, sizeof(*errors))))
+		PyErr_NoMemory();
+	if (errors) {
+		Py_BEGIN_ALLOW_THREADS
+		for (size_t i = 0; i < count; i++)
+			errors[i] = fm_make_upper(data, &uppers[i]);
+		Py_END_ALLOW_THREADS
+		answer = PyList_New((Py_ssize_t)count);
 	}
-	Py_BEGIN_ALLOW_THREADS
-	for (Py_ssize_t i = 0; i < count; i++)
-		jobs[i].error = fm_make_upper(data, &jobs[i].upper);
-	Py_END_ALLOW_THREADS
-	PyObject *errors = PyList_New(count);
+	for (size_t i = 0; answer && i < count; i++) {
+		PyObject *error = PyLong_FromLong(errors[i]);
 
-	for (Py_ssize_t i = 0; errors && i < count; i++) {
-		PyObject *error = PyLong_FromLong(jobs[i].error);
-
-		if (!error || PyList_SetItem(errors, i, error) < 0)
-			Py_CLEAR(errors);
+		if (!error || PyList_SetItem(answer, (Py_ssize_t)i, error) < 0)
+			Py_CLEAR(answer);
 	}
-	free(jobs);
-	return errors;
+	free(errors);
+	free(uppers);
+	return answer;
 }
 
 PyMethodDef fm_uppers_methods[] = {

@@ -118,7 +118,7 @@ def kept_trees(snapshots: Path) -> set[str]:
             ahead += 1
         else:
             kept.add(top.name)
-    assert ahead <= READY
+    assert ahead <= 2 * READY, "some of them are containers that have written nothing"
     return kept
 
 

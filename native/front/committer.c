@@ -1,5 +1,7 @@
 #include "committer.h"
 
+#include "front.h"
+
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
@@ -23,6 +25,7 @@ static struct {
 	int (*exec)(struct sqlite3 *, const char *, void *, void *, void *);
 	int (*prepare_v2)(struct sqlite3 *, const char *, int, struct sqlite3_stmt **, const char **);
 	int (*bind_text)(struct sqlite3_stmt *, int, const char *, int, void (*)(void *));
+	int (*bind_int64)(struct sqlite3_stmt *, int, long long);
 	int (*bind_null)(struct sqlite3_stmt *, int);
 	int (*step)(struct sqlite3_stmt *);
 	int (*reset)(struct sqlite3_stmt *);
@@ -33,14 +36,17 @@ static struct {
 struct fm_committer {
 	pthread_t thread;
 	struct sqlite3 *book;
-	struct sqlite3_stmt *statement;
+	struct sqlite3_stmt *begin, *commit, *statements[FM_MOST_STATEMENTS];
+	size_t count;
 	int data, ready;
 
 	pthread_mutex_t lock; /* guards what follows */
 	pthread_cond_t changed;
 	struct fm_batch batch;
-	bool has_batch, done, stopping, ended;
-	char *why;
+	bool has_batch, stopping, ended;
+	long long *ahead; /* the numbers of what is to be made, from `ahead_next` to `ahead_end` */
+	size_t ahead_next, ahead_end;
+	struct fm_done done;
 };
 
 static bool load_sqlite(void)
@@ -52,6 +58,7 @@ static bool load_sqlite(void)
 		{"sqlite3_open_v2", (void **)&sqlite.open_v2},	   {"sqlite3_close", (void **)&sqlite.close},
 		{"sqlite3_exec", (void **)&sqlite.exec},	   {"sqlite3_prepare_v2", (void **)&sqlite.prepare_v2},
 		{"sqlite3_bind_text", (void **)&sqlite.bind_text}, {"sqlite3_bind_null", (void **)&sqlite.bind_null},
+		{"sqlite3_bind_int64", (void **)&sqlite.bind_int64},
 		{"sqlite3_step", (void **)&sqlite.step},	   {"sqlite3_reset", (void **)&sqlite.reset},
 		{"sqlite3_finalize", (void **)&sqlite.finalize},   {"sqlite3_errmsg", (void **)&sqlite.errmsg},
 	};
@@ -69,8 +76,9 @@ static bool load_sqlite(void)
 void fm_batch_free(struct fm_batch *batch)
 {
 	free(batch->uppers);
-	for (size_t i = 0; i < FM_PARAMETERS; i++)
-		free(batch->parameters[i]);
+	for (size_t i = 0; i < FM_MOST_STATEMENTS; i++)
+		free(batch->rows[i].values);
+	free(batch->texts);
 	*batch = (struct fm_batch){0};
 }
 
@@ -79,6 +87,51 @@ static char *written(const char *format, const char *what)
 	char *text;
 
 	return asprintf(&text, format, what) < 0 ? NULL : text;
+}
+
+/* What SQLite says, or that it says nothing. */
+static char *said(const struct fm_committer *committer)
+{
+	return written("%s", sqlite.errmsg(committer->book));
+}
+
+static int bind(struct sqlite3_stmt *statement, int place, const struct fm_value *value, const char *texts)
+{
+	switch (value->kind) {
+	case FM_NUMBER:
+		return sqlite.bind_int64(statement, place, value->number);
+	case FM_TEXT:
+		/* NULL as destructor: it stays until the statement is reset. */
+		return sqlite.bind_text(statement, place, texts + value->at, value->bytes, NULL);
+	case FM_NULL:
+		break;
+	}
+	return sqlite.bind_null(statement, place);
+}
+
+/* Returns whether it was run to its end. */
+static bool run(struct sqlite3_stmt *statement)
+{
+	int code;
+
+	do
+		code = sqlite.step(statement);
+	while (code == SQLITE_ROW);
+	return sqlite.reset(statement) == SQLITE_OK && code == SQLITE_DONE;
+}
+
+static bool write_rows(struct sqlite3_stmt *statement, const struct fm_rows *rows, const char *texts)
+{
+	const struct fm_value *value = rows->values;
+
+	for (size_t row = 0; row < rows->rows; row++) {
+		for (size_t i = 0; i < rows->columns; i++)
+			if (bind(statement, (int)i + 1, value++, texts))
+				return false;
+		if (!run(statement))
+			return false;
+	}
+	return true;
 }
 
 /* Returns NULL, or why it was not done. */
@@ -90,21 +143,54 @@ static char *commit(struct fm_committer *committer, const struct fm_batch *batch
 		if (error)
 			return written("make directories: %s", strerror(error));
 	}
-	for (int i = 0; i < FM_PARAMETERS; i++) {
-		const char *text = batch->parameters[i];
-		/* NULL as destructor: it stays until the statement is reset. */
-		int failed = text ? sqlite.bind_text(committer->statement, i + 1, text, -1, NULL)
-				  : sqlite.bind_null(committer->statement, i + 1);
+	if (!run(committer->begin))
+		return said(committer);
+	bool done = true;
 
-		if (failed)
-			return written("%s", sqlite.errmsg(committer->book));
-	}
-	int code = sqlite.step(committer->statement);
-	char *why = code == SQLITE_DONE ? NULL : written("%s", sqlite.errmsg(committer->book));
+	for (size_t i = 0; done && i < committer->count; i++)
+		done = write_rows(committer->statements[i], &batch->rows[i], batch->texts);
+	if (done && run(committer->commit))
+		return NULL;
+	char *why = said(committer);
 
-	if (sqlite.reset(committer->statement) != SQLITE_OK && !why)
-		why = written("%s", sqlite.errmsg(committer->book));
+	/* Where SQLite has rolled back by itself this is refused, and nothing is the matter. */
+	sqlite.exec(committer->book, "ROLLBACK", NULL, NULL, NULL);
 	return why;
+}
+
+/* With the lock, which is let go meanwhile. */
+static void make_ahead(struct fm_committer *committer)
+{
+	struct fm_upper upper = {.number = committer->ahead[committer->ahead_next], .work = true, .mode = 0755};
+
+	pthread_mutex_unlock(&committer->lock);
+	int error = fm_make_upper(committer->data, &upper);
+
+	pthread_mutex_lock(&committer->lock);
+	committer->ahead_next++;
+	if (error) {
+		committer->done.ahead_error = error;
+		committer->ahead_next = committer->ahead_end;
+	} else {
+		committer->done.ahead++;
+	}
+	if (committer->ahead_next == committer->ahead_end)
+		eventfd_write(committer->ready, 1);
+}
+
+/* With the lock, which is let go meanwhile. */
+static void write_batch(struct fm_committer *committer)
+{
+	pthread_mutex_unlock(&committer->lock);
+	/* The batch is left alone by everybody else until it is done. */
+	char *why = commit(committer, &committer->batch);
+
+	fm_batch_free(&committer->batch);
+	pthread_mutex_lock(&committer->lock);
+	committer->has_batch = false;
+	committer->done.batch = true;
+	committer->done.why = why;
+	eventfd_write(committer->ready, 1);
 }
 
 static void *work(void *argument)
@@ -113,20 +199,14 @@ static void *work(void *argument)
 
 	pthread_mutex_lock(&committer->lock);
 	for (;;) {
-		while (!committer->has_batch && !committer->stopping)
-			pthread_cond_wait(&committer->changed, &committer->lock);
-		if (!committer->has_batch)
+		if (committer->has_batch)
+			write_batch(committer);
+		else if (committer->stopping)
 			break;
-		pthread_mutex_unlock(&committer->lock);
-		/* The batch is left alone by everybody else until it is done. */
-		char *why = commit(committer, &committer->batch);
-
-		fm_batch_free(&committer->batch);
-		pthread_mutex_lock(&committer->lock);
-		committer->has_batch = false;
-		committer->done = true;
-		committer->why = why;
-		eventfd_write(committer->ready, 1);
+		else if (committer->ahead_next < committer->ahead_end)
+			make_ahead(committer);
+		else
+			pthread_cond_wait(&committer->changed, &committer->lock);
 	}
 	committer->ended = true;
 	pthread_cond_broadcast(&committer->changed);
@@ -136,38 +216,51 @@ static void *work(void *argument)
 
 static void let_go(struct fm_committer *committer)
 {
-	if (committer->statement)
-		sqlite.finalize(committer->statement);
+	struct sqlite3_stmt *const ends[] = {committer->begin, committer->commit};
+
+	for (size_t i = 0; i < committer->count; i++)
+		if (committer->statements[i])
+			sqlite.finalize(committer->statements[i]);
+	for (size_t i = 0; i < 2; i++)
+		if (ends[i])
+			sqlite.finalize(ends[i]);
 	if (committer->book)
 		sqlite.close(committer->book);
 	if (committer->ready >= 0)
 		close(committer->ready);
-	free(committer->why);
+	free(committer->done.why);
+	free(committer->ahead);
 	pthread_cond_destroy(&committer->changed);
 	pthread_mutex_destroy(&committer->lock);
 	free(committer);
 }
 
-static char *open_book(struct fm_committer *committer, const char *path, char *const *setup, size_t count,
-		       const char *statement)
+/* Returns NULL, or why it was not done. */
+static char *open_book(struct fm_committer *committer, const char *path, char *const *setup, size_t setup_count,
+		       char *const *statements)
 {
 	if (!load_sqlite())
 		return written("%s", "the interpreter's SQLite is not a library of its own");
 	if (sqlite.open_v2(path, &committer->book, OPEN_READWRITE | OPEN_NOMUTEX, NULL))
 		return written("%s", committer->book ? sqlite.errmsg(committer->book) : "no memory");
-	for (size_t i = 0; i < count; i++)
+	for (size_t i = 0; i < setup_count; i++)
 		if (sqlite.exec(committer->book, setup[i], NULL, NULL, NULL))
-			return written("%s", sqlite.errmsg(committer->book));
-	if (sqlite.prepare_v2(committer->book, statement, -1, &committer->statement, NULL))
-		return written("%s", sqlite.errmsg(committer->book));
+			return said(committer);
+	bool failed = sqlite.prepare_v2(committer->book, "BEGIN IMMEDIATE", -1, &committer->begin, NULL) ||
+		      sqlite.prepare_v2(committer->book, "COMMIT", -1, &committer->commit, NULL);
+
+	for (size_t i = 0; !failed && i < committer->count; i++)
+		failed = sqlite.prepare_v2(committer->book, statements[i], -1, &committer->statements[i], NULL);
+	if (failed)
+		return said(committer);
 	committer->ready = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	int error = committer->ready < 0 ? errno : pthread_create(&committer->thread, NULL, work, committer);
+	int error = committer->ready < 0 ? errno : fm_thread_start(&committer->thread, work, committer);
 
 	return error ? written("%s", strerror(error)) : NULL;
 }
 
-struct fm_committer *fm_committer_start(const char *path, int data, char *const *setup, size_t count,
-					const char *statement, char **why)
+struct fm_committer *fm_committer_start(const char *path, int data, char *const *setup, size_t setup_count,
+					char *const *statements, size_t count, char **why)
 {
 	struct fm_committer *committer = calloc(1, sizeof(*committer));
 	pthread_condattr_t attributes;
@@ -175,6 +268,7 @@ struct fm_committer *fm_committer_start(const char *path, int data, char *const 
 	*why = NULL;
 	if (!committer)
 		return NULL;
+	committer->count = count;
 	committer->data = data;
 	committer->ready = -1;
 	pthread_mutex_init(&committer->lock, NULL);
@@ -182,7 +276,7 @@ struct fm_committer *fm_committer_start(const char *path, int data, char *const 
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
 	pthread_cond_init(&committer->changed, &attributes);
 	pthread_condattr_destroy(&attributes);
-	*why = open_book(committer, path, setup, count, statement);
+	*why = open_book(committer, path, setup, setup_count, statements);
 	if (!*why)
 		return committer;
 	let_go(committer);
@@ -197,7 +291,7 @@ int fm_committer_ready(const struct fm_committer *committer)
 bool fm_committer_submit(struct fm_committer *committer, struct fm_batch batch)
 {
 	pthread_mutex_lock(&committer->lock);
-	bool free_now = !committer->has_batch && !committer->done;
+	bool free_now = !committer->has_batch && !committer->done.batch;
 
 	if (free_now) {
 		committer->batch = batch;
@@ -208,17 +302,35 @@ bool fm_committer_submit(struct fm_committer *committer, struct fm_batch batch)
 	return free_now;
 }
 
-bool fm_committer_take(struct fm_committer *committer, char **why)
+bool fm_committer_ahead(struct fm_committer *committer, const long long *numbers, size_t count)
+{
+	pthread_mutex_lock(&committer->lock);
+	size_t left = committer->ahead_end - committer->ahead_next;
+	long long *all = malloc((left + count) * sizeof(*all));
+
+	if (all) {
+		if (left)
+			memcpy(all, committer->ahead + committer->ahead_next, left * sizeof(*all));
+		memcpy(all + left, numbers, count * sizeof(*all));
+		free(committer->ahead);
+		committer->ahead = all;
+		committer->ahead_next = 0;
+		committer->ahead_end = left + count;
+		pthread_cond_broadcast(&committer->changed);
+	}
+	pthread_mutex_unlock(&committer->lock);
+	return all;
+}
+
+struct fm_done fm_committer_take(struct fm_committer *committer)
 {
 	eventfd_t ignored;
 
 	eventfd_read(committer->ready, &ignored);
 	pthread_mutex_lock(&committer->lock);
-	bool done = committer->done;
+	struct fm_done done = committer->done;
 
-	*why = committer->why;
-	committer->why = NULL;
-	committer->done = false;
+	committer->done = (struct fm_done){0};
 	pthread_mutex_unlock(&committer->lock);
 	return done;
 }

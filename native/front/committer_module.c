@@ -2,7 +2,9 @@
 #include "module.h"
 
 #include "committer.h"
+#include "read_uppers.h"
 
+#include <limits.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -11,35 +13,55 @@
 typedef struct {
 	PyObject_HEAD
 	struct fm_committer *committer;
+	size_t statements;
 } Committer;
+
+/* The texts of a tuple, which live as long as it does; NULL with an exception. */
+static char **texts_of(PyObject *tuple)
+{
+	Py_ssize_t count = PyTuple_Size(tuple);
+	char **texts = calloc((size_t)count + 1, sizeof(*texts));
+
+	if (!texts)
+		PyErr_NoMemory();
+	for (Py_ssize_t i = 0; texts && i < count; i++) {
+		texts[i] = (char *)PyUnicode_AsUTF8AndSize(PyTuple_GetItem(tuple, i), NULL);
+		if (!texts[i]) {
+			free(texts);
+			return NULL;
+		}
+	}
+	return texts;
+}
 
 static PyObject *new_committer(PyTypeObject *type, PyObject *args, PyObject *keywords)
 {
-	static char *names[] = {"book", "data_fd", "setup", "statement", NULL};
-	PyObject *book, *setup;
+	static char *names[] = {"book", "data_fd", "setup", "statements", NULL};
+	PyObject *book, *setup, *statements;
 	int data;
-	const char *statement;
 
-	if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&iO!s:Committer", names, PyUnicode_FSConverter, &book, &data,
-					 &PyTuple_Type, &setup, &statement))
+	if (!PyArg_ParseTupleAndKeywords(args, keywords, "O&iO!O!:Committer", names, PyUnicode_FSConverter, &book,
+					 &data, &PyTuple_Type, &setup, &PyTuple_Type, &statements))
 		return NULL;
-	size_t count = (size_t)PyTuple_Size(setup), got = 0;
-	char **texts = calloc(count + 1, sizeof(*texts)), *why = NULL;
+	size_t count = (size_t)PyTuple_Size(statements);
+	char **first = texts_of(setup), **all = first ? texts_of(statements) : NULL, *why = NULL;
 	allocfunc allocate = (allocfunc)PyType_GetSlot(type, Py_tp_alloc);
-	Committer *self = texts ? (Committer *)allocate(type, 0) : (Committer *)PyErr_NoMemory();
+	Committer *self = NULL;
 
-	/* They live as long as the tuple. */
-	while (self && got < count && (texts[got] = (char *)PyUnicode_AsUTF8AndSize(PyTuple_GetItem(setup, (Py_ssize_t)got), NULL)))
-		got++;
-	if (self && got == count) {
-		self->committer = fm_committer_start(PyBytes_AsString(book), data, texts, count, statement, &why);
+	if (all && count > FM_MOST_STATEMENTS)
+		PyErr_SetString(PyExc_ValueError, "there are too many statements");
+	else if (all && (self = (Committer *)allocate(type, 0))) {
+		self->statements = count;
+		self->committer = fm_committer_start(PyBytes_AsString(book), data, first,
+						     (size_t)PyTuple_Size(setup), all, count, &why);
 		if (!self->committer)
 			PyErr_Format(PyExc_RuntimeError, "%s", why ? why : "no memory");
 	}
 	if (PyErr_Occurred())
 		Py_CLEAR(self);
 	free(why);
-	free(texts);
+	free(first);
+	free(all);
 	Py_DECREF(book);
 	return (PyObject *)self;
 }
@@ -58,42 +80,113 @@ static PyObject *committer_fileno(PyObject *object, PyObject *ignored)
 	return is_open(self) ? PyLong_FromLong(fm_committer_ready(self->committer)) : NULL;
 }
 
-static bool read_uppers(PyObject *list, struct fm_batch *batch)
+struct texts {
+	char *at;
+	size_t bytes, room;
+};
+
+static bool add_text(struct texts *texts, const char *text, size_t bytes)
 {
-	batch->count = (size_t)PyList_Size(list);
-	batch->uppers = calloc(batch->count + 1, sizeof(*batch->uppers));
-	if (!batch->uppers) {
+	if (texts->bytes + bytes > texts->room) {
+		size_t room = 2 * (texts->bytes + bytes) + 4096;
+		char *more = realloc(texts->at, room);
+
+		if (!more) {
+			PyErr_NoMemory();
+			return false;
+		}
+		texts->at = more;
+		texts->room = room;
+	}
+	memcpy(texts->at + texts->bytes, text, bytes);
+	texts->bytes += bytes;
+	return true;
+}
+
+static bool read_value(PyObject *object, struct fm_value *value, struct texts *texts)
+{
+	Py_ssize_t bytes;
+	const char *text;
+
+	if (object == Py_None) {
+		value->kind = FM_NULL;
+		return true;
+	}
+	if (PyLong_Check(object)) {
+		value->kind = FM_NUMBER;
+		value->number = PyLong_AsLongLong(object);
+		return value->number != -1 || !PyErr_Occurred();
+	}
+	value->kind = FM_TEXT;
+	value->at = texts->bytes;
+	if (!(text = PyUnicode_AsUTF8AndSize(object, &bytes)))
+		return false;
+	if (bytes > INT_MAX) {
+		PyErr_SetString(PyExc_OverflowError, "a text is too long");
+		return false;
+	}
+	value->bytes = (int)bytes;
+	return add_text(texts, text, (size_t)bytes);
+}
+
+/* A list of tuples of one size. */
+static bool read_rows(PyObject *list, struct fm_rows *rows, struct texts *texts)
+{
+	if (!PyList_Check(list)) {
+		PyErr_SetString(PyExc_TypeError, "the rows of a statement are a list");
+		return false;
+	}
+	rows->rows = (size_t)PyList_Size(list);
+	if (!rows->rows)
+		return true;
+	PyObject *first = PyList_GetItem(list, 0);
+
+	rows->columns = PyTuple_Check(first) ? (size_t)PyTuple_Size(first) : 0;
+	rows->values = calloc(rows->rows * rows->columns + 1, sizeof(*rows->values));
+	if (!rows->values) {
 		PyErr_NoMemory();
 		return false;
 	}
-	for (size_t i = 0; i < batch->count; i++) {
-		struct fm_upper *one = &batch->uppers[i];
+	struct fm_value *value = rows->values;
 
-		if (!PyArg_ParseTuple(PyList_GetItem(list, (Py_ssize_t)i), "LpppIII:submit", &one->number, &one->made,
-				      &one->work, &one->none, &one->mode, &one->uid, &one->gid))
+	for (size_t row = 0; row < rows->rows; row++) {
+		PyObject *tuple = PyList_GetItem(list, (Py_ssize_t)row);
+
+		if (!PyTuple_Check(tuple) || (size_t)PyTuple_Size(tuple) != rows->columns) {
+			PyErr_SetString(PyExc_ValueError, "the rows of a statement are tuples of one size");
 			return false;
+		}
+		for (size_t i = 0; i < rows->columns; i++)
+			if (!read_value(PyTuple_GetItem(tuple, (Py_ssize_t)i), value++, texts))
+				return false;
 	}
 	return true;
+}
+
+static bool read_batch(PyObject *uppers, PyObject *rows, size_t statements, struct fm_batch *batch)
+{
+	struct texts texts = {0};
+	bool done = fm_read_uppers(uppers, &batch->uppers, &batch->count);
+
+	if (done && (size_t)PyTuple_Size(rows) != statements) {
+		PyErr_SetString(PyExc_ValueError, "there are rows for each statement");
+		done = false;
+	}
+	for (size_t i = 0; done && i < statements; i++)
+		done = read_rows(PyTuple_GetItem(rows, (Py_ssize_t)i), &batch->rows[i], &texts);
+	batch->texts = texts.at;
+	return done;
 }
 
 static PyObject *committer_submit(PyObject *object, PyObject *args)
 {
 	Committer *self = (Committer *)object;
 	struct fm_batch batch = {0};
-	PyObject *uppers;
-	const char *texts[FM_PARAMETERS];
+	PyObject *uppers, *rows;
 
-	if (!PyArg_ParseTuple(args, "O!(zzz):submit", &PyList_Type, &uppers, &texts[0], &texts[1], &texts[2]) ||
-	    !is_open(self))
+	if (!PyArg_ParseTuple(args, "O!O!:submit", &PyList_Type, &uppers, &PyTuple_Type, &rows) || !is_open(self))
 		return NULL;
-	bool ready = read_uppers(uppers, &batch);
-
-	for (size_t i = 0; ready && i < FM_PARAMETERS; i++)
-		if (texts[i] && !(batch.parameters[i] = strdup(texts[i]))) {
-			PyErr_NoMemory();
-			ready = false;
-		}
-	if (ready && fm_committer_submit(self->committer, batch))
+	if (read_batch(uppers, rows, self->statements, &batch) && fm_committer_submit(self->committer, batch))
 		Py_RETURN_NONE;
 	fm_batch_free(&batch);
 	if (!PyErr_Occurred())
@@ -101,17 +194,35 @@ static PyObject *committer_submit(PyObject *object, PyObject *args)
 	return NULL;
 }
 
+static PyObject *committer_ahead(PyObject *object, PyObject *args)
+{
+	Committer *self = (Committer *)object;
+	PyObject *list;
+
+	if (!PyArg_ParseTuple(args, "O!:ahead", &PyList_Type, &list) || !is_open(self))
+		return NULL;
+	Py_ssize_t count = PyList_Size(list);
+	long long *numbers = calloc((size_t)count + 1, sizeof(*numbers));
+
+	for (Py_ssize_t i = 0; numbers && i < count && !PyErr_Occurred(); i++)
+		numbers[i] = PyLong_AsLongLong(PyList_GetItem(list, i));
+	if (!PyErr_Occurred() && !(numbers && fm_committer_ahead(self->committer, numbers, (size_t)count)))
+		PyErr_NoMemory();
+	free(numbers);
+	return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+}
+
 static PyObject *committer_take(PyObject *object, PyObject *ignored)
 {
 	Committer *self = (Committer *)object;
-	char *why;
 
 	if (!is_open(self))
 		return NULL;
-	bool done = fm_committer_take(self->committer, &why);
-	PyObject *answer = Py_BuildValue("Nz", PyBool_FromLong(done), why);
+	struct fm_done done = fm_committer_take(self->committer);
+	PyObject *answer =
+		Py_BuildValue("Nzni", PyBool_FromLong(done.batch), done.why, (Py_ssize_t)done.ahead, done.ahead_error);
 
-	free(why);
+	free(done.why);
 	return answer;
 }
 
@@ -152,6 +263,7 @@ static void dealloc(PyObject *object)
 static PyMethodDef methods[] = {
 	{"fileno", committer_fileno, METH_NOARGS, NULL},
 	{"submit", committer_submit, METH_VARARGS, NULL},
+	{"ahead", committer_ahead, METH_VARARGS, NULL},
 	{"take", committer_take, METH_NOARGS, NULL},
 	{"close", committer_close, METH_VARARGS, NULL},
 	{NULL, NULL, 0, NULL},

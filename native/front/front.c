@@ -864,6 +864,18 @@ static int prepare(struct fm_front *front, const struct fm_path *paths, size_t c
 	return 0;
 }
 
+int fm_thread_start(pthread_t *thread, void *(*run)(void *), void *argument)
+{
+	sigset_t all, before;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &before);
+	int error = pthread_create(thread, NULL, run, argument);
+
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	return error;
+}
+
 struct fm_front *fm_front_start(int listening, const struct fm_path *paths, size_t count, size_t most_bytes,
 				uint64_t most_ns)
 {
@@ -876,15 +888,8 @@ struct fm_front *fm_front_start(int listening, const struct fm_path *paths, size
 	front->most_bytes = most_bytes;
 	front->most_ns = most_ns;
 	pthread_mutex_init(&front->lock, NULL);
-	/* Signals are for the threads of whoever starts us. */
-	sigset_t all, before;
-
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &before);
 	errno = ENOMEM;
-	int error = prepare(front, paths, count) ? errno : pthread_create(&front->thread, NULL, serve, front);
-
-	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	int error = prepare(front, paths, count) ? errno : fm_thread_start(&front->thread, serve, front);
 
 	if (error) {
 		let_go(front);

@@ -56,6 +56,12 @@ struct fm_text {
 bool fm_read_fields(const unsigned char *message, size_t bytes, const struct fm_field *fields, size_t count,
 		    bool (*found)(void *user, size_t place, struct fm_text first, struct fm_text second), void *user);
 
+/* How much a string of so many bytes takes as a field with a number up to 15. */
+size_t fm_string_bytes(size_t bytes);
+/* Write the head of such a field, or all of it; returns where the next one goes. */
+unsigned char *fm_put_tag(unsigned char *at, unsigned number, size_t bytes);
+unsigned char *fm_put_string(unsigned char *at, unsigned number, struct fm_text text);
+
 /* What was answered on one path. `within[i]` took at most fm_bounds_ns[i], the last of them any time. */
 #define FM_CODES 17
 #define FM_BOUNDS 13
@@ -98,5 +104,7 @@ void fm_front_flush(struct fm_front *front);
 void fm_front_stop(struct fm_front *front, int grace_ms);
 
 uint64_t fm_now_ns(void);
+/* As pthread_create, for a thread that takes no signal: these are for the threads of whoever starts us. */
+int fm_thread_start(pthread_t *thread, void *(*run)(void *), void *argument);
 
 #endif

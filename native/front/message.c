@@ -1,4 +1,4 @@
-/* Reading the few fields of a protobuf message that somebody wants: strings, and maps from strings to strings. */
+/* Protobuf messages, as far as somebody wants them: reading strings and maps from strings to strings, writing strings. */
 #include "front.h"
 
 #include <stdlib.h>
@@ -87,4 +87,39 @@ bool fm_read_fields(const unsigned char *message, size_t bytes, const struct fm_
 			return false;
 	}
 	return true;
+}
+
+static size_t varint_bytes(size_t value)
+{
+	size_t bytes = 1;
+
+	while (value >>= 7)
+		bytes++;
+	return bytes;
+}
+
+static unsigned char *put_varint(unsigned char *at, size_t value)
+{
+	for (; value > 127; value >>= 7)
+		*at++ = (unsigned char)(value | 128);
+	*at++ = (unsigned char)value;
+	return at;
+}
+
+size_t fm_string_bytes(size_t bytes)
+{
+	return 1 + varint_bytes(bytes) + bytes;
+}
+
+unsigned char *fm_put_tag(unsigned char *at, unsigned number, size_t bytes)
+{
+	*at++ = (unsigned char)(number << 3 | BYTES);
+	return put_varint(at, bytes);
+}
+
+unsigned char *fm_put_string(unsigned char *at, unsigned number, struct fm_text text)
+{
+	at = fm_put_tag(at, number, text.bytes);
+	memcpy(at, text.at, text.bytes);
+	return at + text.bytes;
 }

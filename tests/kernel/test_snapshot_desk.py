@@ -19,7 +19,7 @@ import pytest
 
 from flatmount.errors import FlatmountError, StoreError
 from flatmount.plan.facts import HostFacts
-from flatmount.snapshotter import book, desk
+from flatmount.snapshotter import ahead, book, desk
 from flatmount.snapshotter.model import REF_LABEL, Kind, SnapshotExists, SnapshotNotFound
 from flatmount.snapshotter.snapshots import Snapshots
 from flatmount.snapshotter.trees import Trees
@@ -33,7 +33,7 @@ WAIT_S = 5
 
 
 class Faults:
-    """What goes wrong from now on. `refused` looks at the JSON of a write; `gate` is waited at before each."""
+    """What goes wrong from now on. `refused` looks at the text of a write's rows; `gate` is waited at before each."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.refused: Callable[[str], bool] = lambda text: False
@@ -43,15 +43,14 @@ class Faults:
         write, fdatasync = Database.write, os.fdatasync
 
         def writing(
-            own: Database, statement: str, values: Sequence[str | int | None], *, growing: bool = False
+            own: Database, statements: Sequence[str], rows: Sequence[Sequence[book.Row]], *, growing: bool = False
         ) -> None:
-            if statement == book.WRITE:
-                self.writes += 1
-                if self.gate is not None:
-                    self.gate.wait(WAIT_S)
-                if self.refused("".join(str(value) for value in values if value is not None)):
-                    raise StoreError("disk I/O error")
-            write(own, statement, values, growing=growing)
+            self.writes += 1
+            if self.gate is not None:
+                self.gate.wait(WAIT_S)
+            if self.refused(str(rows)):
+                raise StoreError("disk I/O error")
+            write(own, statements, rows, growing=growing)
 
         def syncing(fd: int) -> None:
             if self.log_errors and os.readlink(f"/proc/self/fd/{fd}").endswith("-wal"):
@@ -137,9 +136,7 @@ def test_a_commit_that_the_book_may_have_keeps_its_files(
             await snapshots.commit("base", "key", "", {})
             await snapshots.create(Kind.ACTIVE, "container", "base", RANGE)
             entry = snapshots._index.find("container")
-            entry.snapshot = type(entry.snapshot)(
-                **{name: getattr(entry.snapshot, name) for name in entry.snapshot.__slots__} | {"host_ids": True}
-            )
+            entry.snapshot = entry.snapshot._replace(host_ids=True)
 
             def sync(own: Database) -> None:
                 raise StoreError("write to disk: Input/output error")
@@ -223,7 +220,7 @@ def test_what_is_refused_fails_alone(tmp_path: Path, facts: HostFacts, faults: F
         async with served(tmp_path / "store", facts) as snapshots:
             for number in range(5):
                 await snapshots.create(Kind.ACTIVE, f"old-{number}", "", {})
-            faults.refused = lambda text: '"bad"' in text
+            faults.refused = lambda text: "'bad'" in text
             results = await asyncio.gather(
                 snapshots.create(Kind.ACTIVE, "bad", "", {}),
                 *(snapshots.remove(f"old-{number}") for number in range(5)),
@@ -243,7 +240,7 @@ def test_what_waits_behind_a_refused_write_is_tried(tmp_path: Path, facts: HostF
     async def play() -> None:
         async with served(tmp_path / "store", facts) as snapshots:
             await snapshots.create(Kind.ACTIVE, "gone", "", {})
-            faults.gate, faults.refused = threading.Event(), lambda text: '"bad"' in text
+            faults.gate, faults.refused = threading.Event(), lambda text: "'bad'" in text
             bad = asyncio.create_task(snapshots.create(Kind.ACTIVE, "bad", "", {}))
             await soon(lambda: faults.writes >= 2)
             removing = asyncio.create_task(snapshots.remove("gone"))
@@ -274,28 +271,6 @@ def test_a_disk_that_does_not_answer_is_not_asked_for_each_change(
             assert faults.writes == writes + 1
             faults.refused = lambda text: False
             assert await names(snapshots) == ["first"]
-
-    asyncio.run(play())
-
-
-def test_a_batch_is_cut_where_it_is_too_large(
-    tmp_path: Path, facts: HostFacts, faults: Faults, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(desk, "_MOST_BYTES", 20_000)
-
-    async def play() -> None:
-        async with served(tmp_path / "store", facts) as snapshots:
-            await snapshots.create(Kind.ACTIVE, "first", "", {})
-            sizes: list[int] = []
-            faults.refused = lambda text: bool(sizes.append(len(text))) or '"new-7"' in text
-            results = await asyncio.gather(
-                *(snapshots.create(Kind.ACTIVE, f"new-{n}", "", {"label": "x" * 3000}) for n in range(16)),
-                return_exceptions=True,
-            )
-            assert [n for n, result in enumerate(results) if isinstance(result, BaseException)] == [7]
-            assert max(sizes) <= 20_000
-            assert len(await booked(snapshots)) == 16
-            await clear(snapshots)
 
     asyncio.run(play())
 
@@ -582,25 +557,60 @@ def test_the_reserve_comes_back_without_a_further_change(
 def test_the_end_comes_while_directories_are_made_ahead(
     tmp_path: Path, facts: HostFacts, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    making, real = threading.Event(), Trees.make_ahead
-
-    def make_ahead(own: Trees, numbers: Sequence[int]) -> None:
-        making.set()
-        time.sleep(0.05)
-        real(own, numbers)
-
-    monkeypatch.setattr(Trees, "make_ahead", make_ahead)
+    monkeypatch.setattr(ahead, "READY", 20_000)
 
     async def play() -> None:
         unseen: list[object] = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: unseen.append(context))
-        async with served(tmp_path / "store", facts):
-            await soon(making.is_set)
+        async with served(tmp_path / "store", facts) as snapshots:
+            await soon(lambda: snapshots._ahead._making)
+            assert len(snapshots._ahead._ready) < 4096
         await asyncio.sleep(0.2)
         assert unseen == []
+        async with served(tmp_path / "store", facts) as snapshots:
+            await snapshots.cleanup()
+            assert await names(snapshots) == []
 
     asyncio.run(play())
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_directories_are_made_ahead_while_calls_never_stop(tmp_path: Path, facts: HostFacts) -> None:
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            await soon(lambda: len(snapshots._ahead._ready) == ahead.READY)
+            last = snapshots._ahead.last
+            for number in range(ahead.READY):
+                await snapshots.create(Kind.ACTIVE, f"key-{number}", "", {})
+            assert snapshots._ahead.last > last, "more were begun"
+            await soon(lambda: len(snapshots._ahead._ready) == ahead.READY)
+            held = snapshots._ahead.held() | snapshots._index.numbers()
+            assert held <= set(map(int, os.listdir(f"{snapshots._disk.data}/snapshots")))
+            await clear(snapshots)
+
+    asyncio.run(play())
+
+
+def test_what_cannot_be_made_ahead_is_told_and_not_tried_at_every_call(
+    tmp_path: Path, facts: HostFacts, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "no directories are made ahead"
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            await soon(lambda: len(snapshots._ahead._ready) == ahead.READY)
+            data, begun = Path(snapshots._disk.data), snapshots._ahead.last
+            (data / f"snapshots/{begun + 3}").mkdir()
+            for number in range(ahead.READY):
+                await snapshots.create(Kind.ACTIVE, f"key-{number}", "", {})
+            await soon(lambda: told in caplog.text and not snapshots._ahead._making)
+            for number in range(20):
+                await snapshots.create(Kind.ACTIVE, f"more-{number}", "", {})
+            assert caplog.text.count(told) == 1
+            await clear(snapshots)
+            assert set(map(int, os.listdir(data / "snapshots"))) == snapshots._ahead.held()
+
+    asyncio.run(play())
 
 
 @pytest.mark.timeout(120)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import errno
 import os
+import re
 import select
+import signal
 import sqlite3
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,14 +16,12 @@ import pytest
 
 from flatmount.snapshotter._front import Committer
 
-SETUP = (
-    "CREATE TEMP VIEW v (a, b, c) AS SELECT NULL, NULL, NULL",
-    """CREATE TEMP TRIGGER t INSTEAD OF INSERT ON v BEGIN
-        INSERT INTO rows SELECT value FROM json_each(NEW.a);
-        DELETE FROM rows WHERE name IN (SELECT value FROM json_each(NEW.b));
-    END""",
-)
-WRITE = "INSERT INTO v VALUES (?, ?, ?)"
+WRITE = ("DELETE FROM rows WHERE name = ?", "INSERT INTO rows (name, number, other) VALUES (?, ?, ?)")
+UPPER = (False, True, False, 0o755, 0, 0)
+
+
+def new(*names: str) -> list[tuple[str | int | None, ...]]:
+    return [(name, 1, None) for name in names]
 
 
 @dataclass
@@ -30,8 +30,8 @@ class Place:
     data: int
     path: Path
 
-    def new(self, *, setup: tuple[str, ...] = SETUP, statement: str = WRITE) -> Committer:
-        return Committer(self.book, self.data, setup, statement)
+    def new(self, *, setup: tuple[str, ...] = (), statements: tuple[str, ...] = WRITE) -> Committer:
+        return Committer(self.book, self.data, setup, statements)
 
     def rows(self) -> list[str]:
         with sqlite3.connect(self.book) as db:
@@ -45,7 +45,7 @@ def place(tmp_path: Path) -> Iterator[Place]:
     book = str(tmp_path / "book")
     db = sqlite3.connect(book)
     db.execute("PRAGMA journal_mode = WAL")
-    db.execute("CREATE TABLE rows (name TEXT UNIQUE)")
+    db.execute("CREATE TABLE rows (name TEXT UNIQUE, number INTEGER, other TEXT)")
     db.close()
     (tmp_path / "snapshots").mkdir()
     data = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
@@ -55,9 +55,9 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 def wait(committer: Committer) -> str | None:
     assert select.select([committer.fileno()], [], [], 20)[0]
-    done, why = committer.take()
-    assert done
-    assert committer.take() == (False, None)
+    done, why, ahead, error = committer.take()
+    assert (done, ahead, error) == (True, 0, 0)
+    assert committer.take() == (False, None, 0, 0)
     return why
 
 
@@ -67,12 +67,12 @@ def test_directories_and_rows_are_there_when_it_says_so(place: Place) -> None:
     try:
         for number in range(50):
             uppers = [(number, False, True, False, 0o1777, 0, 0), (100 + number, False, False, True, 0o755, 0, 0)]
-            committer.submit(uppers, (json.dumps([f"n{number}", "\N{SNOWMAN}"]), json.dumps(["\N{SNOWMAN}"]), None))
+            committer.submit(uppers, ([(f"n{number - 1}",)], new(f"n{number}", f"kept{number}\N{SNOWMAN}")))
             assert wait(committer) is None
     finally:
         os.umask(umask)
     assert committer.close(1000)
-    assert place.rows() == sorted(f"n{number}" for number in range(50))
+    assert place.rows() == sorted([*(f"kept{number}\N{SNOWMAN}" for number in range(50)), "n49"])
     for number in range(50):
         assert sorted(os.listdir(place.path / f"snapshots/{number}")) == ["fs", "work"]
         assert (place.path / f"snapshots/{number}/fs").stat().st_mode & 0o7777 == 0o1777
@@ -80,32 +80,54 @@ def test_directories_and_rows_are_there_when_it_says_so(place: Place) -> None:
         assert (place.path / f"snapshots/{100 + number}/fs").stat().st_mode & 0o7777 == 0o755
 
 
+def test_values_are_what_they_were(place: Place) -> None:
+    committer = place.new()
+    values = [("", 0, None), ("\0x", -(1 << 63), "\0"), ("x" * 100_000, (1 << 63) - 1, ""), ("y", True, "\U0001f40b")]
+    committer.submit([], ([], values))
+    assert wait(committer) is None
+    for rows in ([("z", 1 << 63, None)], [("z", 1, "\udcff")], [("z", 1.5, None)], [("z", 1), ("z", 1, None)], ["z"]):
+        with pytest.raises((OverflowError, UnicodeEncodeError, TypeError, ValueError)):
+            committer.submit([], ([], rows))  # type: ignore[arg-type]
+    for short in ((), ([],), ([], [], [])):
+        with pytest.raises(ValueError, match="each statement"):
+            committer.submit([], short)
+    committer.close(1000)
+    with sqlite3.connect(place.book) as db:
+        assert db.execute("SELECT * FROM rows").fetchall() == values
+    db.close()
+
+
 def test_what_cannot_be_made_is_told_and_no_row_is_written(place: Place) -> None:
     committer = place.new()
     (place.path / "snapshots/2").mkdir()
-    committer.submit([(n, False, True, False, 0o755, 0, 0) for n in (1, 2, 3)], ('["a"]', None, None))
+    committer.submit([(n, *UPPER) for n in (1, 2, 3)], ([], new("a")))
     assert "File exists" in (wait(committer) or "")
     assert place.rows() == []
-    committer.submit([], ('["a", "a"]', None, None))
+    committer.submit([], ([], new("a", "b", "a")))
     assert "UNIQUE" in (wait(committer) or "")
     assert place.rows() == []
-    committer.submit([], ("no JSON", None, None))
-    assert "JSON" in (wait(committer) or "")
-    committer.submit([], ('["a"]', None, None))
-    assert wait(committer) is None
+    committer.submit([], ([], [("a", 1)]))
+    assert wait(committer) is None, "what was bound before is not bound again"
     assert place.rows() == ["a"]
+    committer.submit([], ([("a", 1)], []))
+    assert "range" in (wait(committer) or "")
+    committer.submit([], ([("a",)], new("b")))
+    assert wait(committer) is None
+    assert place.rows() == ["b"]
     committer.close(1000)
 
 
 def test_one_batch_at_a_time_and_a_disk_that_does_not_answer_is_left_behind(place: Place) -> None:
-    committer = place.new(setup=("PRAGMA busy_timeout = 3000", *SETUP))
+    committer = place.new(setup=("PRAGMA busy_timeout = 3000",))
     other = sqlite3.connect(place.book, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    committer.submit([], ('["a"]', None, None))
+    committer.submit([], ([], new("a")))
     with pytest.raises(ValueError, match="another batch"):
-        committer.submit([], ('["b"]', None, None))
+        committer.submit([], ([], new("b")))
+    committer.ahead([1, 2])
     assert not committer.close(100)
-    for call in (committer.fileno, committer.take, lambda: committer.submit([], (None, None, None))):
+    calls = committer.fileno, committer.take, lambda: committer.submit([], ([], [])), lambda: committer.ahead([3])
+    for call in calls:
         with pytest.raises(ValueError, match="closed"):
             call()
     assert committer.close(100), "closing again is nothing"
@@ -113,22 +135,89 @@ def test_one_batch_at_a_time_and_a_disk_that_does_not_answer_is_left_behind(plac
     other.close()
 
 
+def made_ahead(committer: Committer, wanted: int) -> int:
+    """Waits for so many, or for an errno, which it returns."""
+    count = 0
+    while count < wanted:
+        assert select.select([committer.fileno()], [], [], 20)[0]
+        _, why, ahead, error = committer.take()
+        assert why is None
+        count += ahead
+        if error:
+            return error
+    assert count == wanted
+    return 0
+
+
+def test_directories_are_made_ahead_in_their_order_and_batches_come_first(place: Place) -> None:
+    committer = place.new()
+    top = place.path / "snapshots"
+    committer.ahead([])
+    committer.ahead(list(range(1, 400)))
+    committer.ahead([400])
+    committer.submit([(1000, *UPPER)], ([], new("a")))
+    ahead = None
+    while ahead is None:
+        assert select.select([committer.fileno()], [], [], 20)[0]
+        done, why, count, error = committer.take()
+        assert (why, error) == (None, 0)
+        if done:
+            ahead = count
+    assert ahead < 400, "the batch did not wait for all of them"
+    assert made_ahead(committer, 400 - ahead) == 0
+    assert sorted(map(int, os.listdir(top))) == [*range(1, 401), 1000]
+    assert {tuple(sorted(os.listdir(top / str(number)))) for number in range(1, 401)} == {("fs", "work")}
+    assert (top / "7/fs").stat().st_mode & 0o7777 == 0o755
+    (top / "503").mkdir()
+    committer.ahead(list(range(501, 600)))
+    assert made_ahead(committer, 99) == errno.EEXIST
+    assert not (top / "504").exists(), "the others are not made"
+    committer.ahead([601])
+    assert made_ahead(committer, 1) == 0
+    committer.close(1000)
+
+
+def test_what_is_not_made_ahead_by_the_end_is_not_made(place: Place) -> None:
+    committer = place.new()
+    committer.ahead(list(range(1, 100_000)))
+    assert committer.close(10_000)
+    assert len(os.listdir(place.path / "snapshots")) < 99_999
+
+
 def test_closing_waits_for_what_is_written(place: Place) -> None:
     committer = place.new()
-    committer.submit([], (json.dumps([str(n) for n in range(20000)]), None, None))
+    committer.submit([], ([], new(*map(str, range(20000)))))
     assert committer.close(20_000)
     assert len(place.rows()) == 20000
 
 
 @pytest.mark.parametrize(
     ("changed", "told"),
-    [({"setup": ("nonsense",)}, "syntax"), ({"statement": "INSERT INTO missing VALUES (1)"}, "no such table")],
+    [({"setup": ("nonsense",)}, "syntax"), ({"statements": ("INSERT INTO missing VALUES (1)",)}, "no such table")],
 )
 def test_what_sqlite_refuses_is_told(changed: dict[str, object], told: str, place: Place) -> None:
     with pytest.raises(RuntimeError, match=told):
         place.new(**changed)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="unable to open"):
-        Committer(str(place.path / "none"), place.data, (), "SELECT 1")
+        Committer(str(place.path / "none"), place.data, (), ("SELECT 1",))
+    with pytest.raises(ValueError, match="too many"):
+        place.new(statements=("SELECT 1",) * 9)
+
+
+def test_signals_are_for_the_interpreters_own_threads(place: Place) -> None:
+    """Each one that it can block is: what a system call of its own would end with EINTR."""
+    before = set(os.listdir("/proc/self/task"))
+    own = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    committer = place.new()
+    try:
+        (task,) = set(os.listdir("/proc/self/task")) - before
+        status = Path(f"/proc/self/task/{task}/status").read_text()
+    finally:
+        committer.close(1000)
+    blocked = int(re.search(r"^SigBlk:\s*(\w+)$", status, re.M)[1], 16)  # type: ignore[index]
+    never = {signal.SIGKILL, signal.SIGSTOP}
+    assert {number for number in signal.valid_signals() - never if not blocked >> (number - 1) & 1} == set()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == own
 
 
 def test_nothing_is_left_of_it(place: Place) -> None:
@@ -139,7 +228,7 @@ def test_nothing_is_left_of_it(place: Place) -> None:
     before = open_now()
     for _ in range(5):
         committer = place.new()
-        committer.submit([], ('["a"]', '["a"]', None))
+        committer.submit([], ([("a",)], new("a")))
         wait(committer)
         committer.close(1000)
         place.new()  # dropped

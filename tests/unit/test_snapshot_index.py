@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -74,7 +73,8 @@ class Shelf:
         return entry.snapshot.info
 
     def write(self, rows: book.Rows) -> None:
-        self.db.execute(book.WRITE, book.parameters([rows]))
+        for statement, each in zip(book.WRITE, book.rows_of([rows]), strict=True):
+            self.db.executemany(statement, each)
 
     def check_book(self) -> None:
         read = Index(book.with_usage(self.db))
@@ -83,18 +83,10 @@ class Shelf:
         assert read._content == self.index._content
 
 
-@contextmanager
-def writing(database: Database) -> Iterator[sqlite3.Connection]:
-    for statement in book.SETUP:
-        database.write(statement, ())
-    with database.transaction() as db:
-        yield db
-
-
 @pytest.fixture
 def shelf(tmp_path: Path) -> Iterator[Shelf]:
     database = Database.create(str(tmp_path / "state.db"))
-    with writing(database) as db:
+    with database.transaction() as db:
         made = Shelf(db)
         yield made
         made.check_book()
@@ -258,7 +250,7 @@ STEPS = st.one_of(
 @given(steps=st.lists(STEPS, max_size=30))
 def test_whatever_is_asked_the_book_says_what_the_index_says(steps: list[tuple[object, ...]], tmp_path: Path) -> None:
     database = Database.create(str(tmp_path / "state.db"))
-    with writing(database) as db:
+    with database.transaction() as db:
         db.execute("DELETE FROM snapshots")
         shelf = Shelf(db)
         for what, *words in steps:

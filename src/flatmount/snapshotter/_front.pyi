@@ -45,31 +45,42 @@ class Front:
         """Take no more clients, send what was answered to whoever reads it for so long, and let everybody go."""
 
 class Committer:
-    """Writes batches into the store's book on a thread of its own: directories first, then one statement.
+    """Writes batches into the store's book on a thread of its own: directories first, then rows in one transaction.
 
-    Opens the book at `book`, runs the statements of `setup` and prepares `statement`, which takes three parameters.
-    `data_fd` is borrowed and must outlive it. Uses the SQLite that the interpreter has loaded. Belongs to one thread.
-    Raises RuntimeError where that is not a library of its own, and what SQLite says.
+    Opens the book at `book`, runs the statements of `setup` and prepares `statements`, at most 8 of them. `data_fd` is
+    borrowed and must outlive it. Uses the SQLite that the interpreter has loaded. Belongs to one thread. Raises
+    RuntimeError where that is not a library of its own, and what SQLite says.
     """
 
-    def __new__(cls, book: str, data_fd: int, setup: tuple[str, ...], statement: str) -> Committer: ...
+    def __new__(cls, book: str, data_fd: int, setup: tuple[str, ...], statements: tuple[str, ...]) -> Committer: ...
     def fileno(self) -> int:
-        """A descriptor that is readable when a batch is done. Stays the committer's."""
+        """A descriptor that is readable when a batch is done, or all of those ahead. Stays the committer's."""
 
     def submit(
         self,
         uppers: list[tuple[int, bool, bool, bool, int, int, int]],
-        parameters: tuple[str | None, str | None, str | None],
+        rows: tuple[list[tuple[str | int | None, ...]], ...],
     ) -> None:
         """Begin to write a batch; `uppers` as flatmount.kernel.tree.make_uppers has them, made only if all can be.
 
-        Raises ValueError while another one is being written, or was written and not taken.
+        `rows` are those of each statement, in its order, which it is run with one after the other. Raises ValueError
+        while another batch is being written, or was written and not taken.
         """
 
-    def take(self) -> tuple[bool, str | None]:
-        """Whether a batch is done, and why nothing of it is in the book where that is so."""
+    def ahead(self, numbers: list[int]) -> None:
+        """Make the directories of active snapshots to come, one after the other while there is no batch."""
+
+    def take(self) -> tuple[bool, str | None, int, int]:
+        """What was done since the last time.
+
+        Whether a batch is done, and why nothing of it is in the book where that is so; how many more of those ahead are
+        made, in their order, and the errno for which the others will not be, or 0.
+        """
 
     def close(self, limit_ms: int) -> bool:
         """End it when its batch is done. Returns whether that was so within the limit; else it is left behind."""
+
+def mounts_response(type: str, source: str, options: tuple[str, ...]) -> bytes:
+    """MountsResponse with one Mount on the wire. Raises ValueError for more than 64 options."""
 
 BOUNDS_S: tuple[float, ...]

@@ -1,25 +1,28 @@
 """Numbers of snapshots to come, and directories that are made for them ahead.
 
 Making directories is what a burst of starts would wait for longest (kernel time, on ext4 some 100 us for the three of a
-snapshot), so a few are there already. They are made again when nobody has asked for one for a moment.
+snapshot), so some are there already. They are made again when nobody has asked for one for a moment, and beside the
+calls where these go on until few are left; always behind what is to be written.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections import deque
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 from flatmount.errors import FlatmountError
 from flatmount.snapshotter.trees import Trees
 
 log = logging.getLogger("flatmount.snapshotter")
 
-READY = 128  # such directories at most
-_AT_ONCE = 16
+READY = 256  # snapshots whose directories are there, at most
+_FEW = 128
 _QUIET_S = 0.05
+# Nothing is tried again so soon where it could not be done.
+_AGAIN_S = 1.0
 _BLOCK = 4096
 _LOW = 1024
 
@@ -34,24 +37,25 @@ class Ahead:
         self,
         trees: Trees,
         numbers: Callable[[int], Awaitable[range]],
-        in_pool: Callable[[Callable[[], bool]], Awaitable[bool]],
-        is_roomy: Callable[[], bool],
+        make: Callable[[list[int]], bool],
+        is_roomy: Callable[[], Awaitable[bool]],
     ) -> None:
-        """`numbers` reserves as many in the book; `in_pool` runs work on another thread.
+        """`numbers` reserves as many in the book; `make` begins to make the directories of some, if anybody does.
 
-        Nothing is made on a disk that is not `is_roomy`, which is asked there.
+        How far that has come `made` is told. Nothing is made on a disk that is not `is_roomy`.
         """
         self.last = 0
         self._trees = trees
         self._numbers = numbers
-        self._in_pool = in_pool
+        self._make = make
         self._is_roomy = is_roomy
         self._blocks: deque[range] = deque()
         self._ready: deque[int] = deque()
-        self._making: set[int] = set()
+        self._making: deque[int] = deque()
         self._more: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._filling: asyncio.Task[None] | None = None
+        self._not_before_s = 0.0
         self._closed = False
 
     async def start(self) -> None:
@@ -76,7 +80,10 @@ class Ahead:
 
         None where no number is left: wait for `more`.
         """
-        self._fill_soon()
+        if ready and len(self._ready) < _FEW:
+            self._fill_now()
+        else:
+            self._fill_soon()
         while ready and self._ready:
             number = self._ready.popleft()
             # After a failed write the older numbers are those of snapshots that may have lost something.
@@ -84,6 +91,18 @@ class Ahead:
                 return number, True
         other = self._next()
         return None if other is None else (other, False)
+
+    def made(self, count: int, error: int) -> None:
+        """So many more are made, and the others will not be where there is an `error`, an errno."""
+        for _ in range(count):
+            self._ready.append(self._making.popleft())
+        if error:
+            # Whoever comes makes their own, and is told; what is there of these goes with a cleanup.
+            log.warning("no directories are made ahead", extra={"reason": os.strerror(error)})
+            self._making.clear()
+            self._put_off()
+        elif not self._making:
+            self._fill_soon()
 
     async def more(self) -> None:
         """Reserve more numbers. Raises: StoreError."""
@@ -109,9 +128,18 @@ class Ahead:
             return number
         return None
 
+    def _fill_now(self) -> None:
+        if self._filling is not None or self._making or self._closed:
+            return
+        if asyncio.get_running_loop().time() >= self._not_before_s:
+            self._filling = asyncio.create_task(self._fill())
+
+    def _put_off(self) -> None:
+        self._not_before_s = asyncio.get_running_loop().time() + _AGAIN_S
+
     def _fill_soon(self) -> None:
         """When it has been quiet for a moment; every request puts it off."""
-        if self._timer is None and self._filling is None and not self._closed:
+        if self._timer is None and len(self._ready) < READY and not self._closed:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(_QUIET_S, self._quiet, len(self._ready), self.last)
 
@@ -120,44 +148,27 @@ class Ahead:
         if (len(self._ready), self.last) != (ready, last):
             self._fill_soon()
         elif len(self._ready) < READY:
-            self._filling = asyncio.create_task(self._fill())
+            self._fill_now()
 
     async def _fill(self) -> None:
-        again = True
         try:
-            while len(self._ready) < READY and not self._closed:
-                wanted = min(_AT_ONCE, READY - len(self._ready))
-                numbers = [number for _ in range(wanted) if (number := self._next()) is not None]
-                if not numbers:
-                    await self.more()
-                    continue
-                self._making.update(numbers)
-                before = len(self._ready)
-                made = await self._in_pool(partial(self._make, numbers))
-                self._making.difference_update(numbers)
-                if not made:
-                    again = False
-                    break
-                self._ready.extend(numbers)
-                if len(self._ready) < before + len(numbers):
-                    break  # somebody wants them: not now
+            if not await self._is_roomy():
+                self._put_off()
+                return
+            wanted = range(READY - len(self._ready))
+            numbers = [number for _ in wanted if (number := self._next()) is not None]
+            if not numbers:
+                await self.more()
+                self._fill_soon()
+            elif self._make(numbers):
+                self._making.extend(numbers)
             else:
-                again = False
+                self._closed = True
         except FlatmountError as error:
-            # Whoever comes makes their own, and is told; what is there of these goes with a cleanup.
             log.warning(error.line())
-            self._making.clear()
-            again = False
+            self._put_off()
         finally:
             self._filling = None
-        if again and not self._closed:
-            self._fill_soon()
-
-    def _make(self, numbers: list[int]) -> bool:
-        if not self._is_roomy():
-            return False
-        self._trees.make_ahead(numbers)
-        return True
 
 
 def _told(task: asyncio.Task[None]) -> None:

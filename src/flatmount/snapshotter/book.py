@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator
-from collections.abc import Mapping as Labels
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -23,28 +22,14 @@ _WRITTEN: Final = (
     " size_bytes, inodes"
 )
 
-# What a batch of requests changes is one statement, each kind of change one piece of JSON: one call of SQLite's, and so
-# one wait for the interpreter's lock, for all of it. It is its own transaction where none was begun.
-# A connection that writes is made ready with `SETUP` first.
-SETUP: Final = (
-    "CREATE TEMP VIEW changes (gone, come, changed) AS SELECT NULL, NULL, NULL",
-    f"""CREATE TEMP TRIGGER make_changes INSTEAD OF INSERT ON changes BEGIN
-        DELETE FROM snapshots WHERE number IN (SELECT value FROM json_each(NEW.gone));
-        INSERT INTO snapshots ({_WRITTEN})
-        SELECT {", ".join(f"json_extract(value, '$[{place}]')" for place in range(_WRITTEN.count(",") + 1))}
-        FROM json_each(NEW.come);
-        UPDATE snapshots SET labels = json_extract(j.value, '$[1]'), reference = json_extract(j.value, '$[2]'),
-            updated_ns = json_extract(j.value, '$[3]')
-        FROM json_each(NEW.changed) j WHERE number = json_extract(j.value, '$[0]');
-    END""",
+# What a batch of requests changes, each kind of change by one statement that is run for each of its rows.
+WRITE: Final = (
+    "DELETE FROM snapshots WHERE number = ?",
+    f"INSERT INTO snapshots ({_WRITTEN}) VALUES ({', '.join('?' * (_WRITTEN.count(',') + 1))})",
+    "UPDATE snapshots SET labels = ?, reference = ?, updated_ns = ? WHERE number = ?",
 )
-WRITE: Final = "INSERT INTO changes VALUES (?, ?, ?)"
 
-# Labels are an object within, of which SQLite keeps the text.
-Row = tuple[str | int | Labels[str, str] | None, ...]
-
-
-_json = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
+Row = tuple[str | int | None, ...]
 
 
 @dataclass(slots=True)
@@ -56,45 +41,46 @@ class Rows:
     update: Row | None = None
 
 
-def parameters(changes: Iterable[Rows]) -> tuple[str | None, str | None, str | None]:
-    """What `WRITE` takes for changes that do not depend on each other, but for parents that go after their children."""
-    gone: list[int] = []
+def rows_of(changes: Iterable[Rows]) -> tuple[list[Row], list[Row], list[Row]]:
+    """The rows for each of `WRITE`, of changes that do not depend on each other but for parents that go after their
+    children."""
+    gone: list[Row] = []
     come: list[Row] = []
     changed: list[Row] = []
     for rows in changes:
         if rows.delete is not None:
-            gone.append(rows.delete)
+            gone.append((rows.delete,))
         if rows.insert is not None:
             come.append(rows.insert)
         if rows.update is not None:
             changed.append(rows.update)
-    return (
-        _json(gone) if gone else None,
-        _json(come) if come else None,
-        _json(changed) if changed else None,
-    )
+    return gone, come, changed
 
 
 def row_of(snapshot: Snapshot, parent: int | None, usage: Usage) -> Row:
     """The row of a snapshot."""
-    info, mapping = snapshot.info, snapshot.mapping
+    number, info, mapping, form, host_ids, remapped = snapshot
+    labels = info.labels
     return (
-        snapshot.number,
+        number,
         info.name,
-        int(info.kind),
+        info.kind,
         parent,
         info.created_ns,
         info.updated_ns,
-        info.labels,
-        info.labels.get(REF_LABEL),
+        _json(labels) if labels else "{}",
+        labels.get(REF_LABEL),
         None if mapping is None else _ranges(mapping.uids),
         None if mapping is None else _ranges(mapping.gids),
-        snapshot.form.value,
-        int(snapshot.host_ids),
-        int(snapshot.remapped),
+        form.value,
+        host_ids,
+        remapped,
         usage.size_bytes,
         usage.inodes,
     )
+
+
+_json = json.JSONEncoder(check_circular=False, separators=(",", ":")).encode
 
 
 @lru_cache(maxsize=1024)
@@ -105,7 +91,7 @@ def _ranges(ranges: tuple[IdRange, ...]) -> str:
 def labels_row(snapshot: Snapshot) -> Row:
     """The row that changes a snapshot's labels to those it has."""
     info = snapshot.info
-    return (snapshot.number, info.labels, info.labels.get(REF_LABEL), info.updated_ns)
+    return (_json(info.labels), info.labels.get(REF_LABEL), info.updated_ns, snapshot.number)
 
 
 def next_numbers(db: sqlite3.Connection, count: int) -> range:

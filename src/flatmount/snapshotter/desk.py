@@ -16,7 +16,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,8 +35,6 @@ Done = Callable[[BaseException | None], None]
 _MOST_AT_ONCE = 512
 # So many are enough to begin with, while the event loop still takes in the others.
 _BEGIN_AT = 16
-# So much JSON is one statement.
-_MOST_BYTES = 4 << 20
 # The changes of a batch that failed are tried one by one, for so long.
 _TRY_FOR_S = 1.0
 _RESERVE_EVERY_S = 5.0
@@ -85,11 +83,20 @@ class Desk:
     it. What is written behind such a batch was allowed because of it: the book's own rules refuse what cannot be then.
     """
 
-    def __init__(self, path: str, data_fd: int, reserve: Reserve, trees: Trees, failed: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        path: str,
+        data_fd: int,
+        reserve: Reserve,
+        trees: Trees,
+        failed: Callable[[], None],
+        made: Callable[[int, int], None],
+    ) -> None:
         """Open the book at `path`, with the store's reserve for a full disk. Raises: StoreError.
 
         Args:
             data_fd: the directory that `trees` are in, borrowed for as long as the process lives.
+            made: is told how many more of what `make_ahead` was given there are, and the errno that ended it, or 0.
         """
         self._path = path
         self._reserve = reserve
@@ -98,6 +105,7 @@ class Desk:
         self._reserve_lacks = True
         self._trees = trees
         self._failed = failed
+        self._made = made
         self._loop = asyncio.get_running_loop()
         self._waiting = _Batch()
         self._writing: _Batch | None = None
@@ -112,8 +120,6 @@ class Desk:
         self._synced = Shared(lambda: self._ask(lambda database: database.sync()))
         writing = Database(path, reserve=reserve, lazily=True)
         try:
-            for statement in book.SETUP:
-                writing.write(statement, (), growing=True)
             reading = Database(path)
         except BaseException:
             writing.close()
@@ -144,6 +150,13 @@ class Desk:
         future: asyncio.Future[None] = self._loop.create_future()
         self.submit(Change(rows, lambda error: _settle(future, None, error), growing=growing))
         await future
+
+    def make_ahead(self, numbers: list[int]) -> bool:
+        """Make the directories of active snapshots to come while nothing is to be written. False: they will not be."""
+        if self._committer is None:
+            return False
+        self._committer.ahead(numbers)
+        return True
 
     async def numbers(self, count: int) -> range:
         """Numbers that no tree of this store has had or will have. Raises: StoreError."""
@@ -224,7 +237,7 @@ class Desk:
 
     def _new_committer(self, data_fd: int) -> Committer | None:
         try:
-            return Committer(self._path, data_fd, (*LAZILY, *book.SETUP), book.WRITE)
+            return Committer(self._path, data_fd, LAZILY, book.WRITE)
         except RuntimeError as error:
             log.info("commits take turns with calls at the interpreter", extra={"reason": str(error)})
             return None
@@ -237,10 +250,7 @@ class Desk:
         if uppers is None:
             return False
         try:
-            parameters = book.parameters(change.rows for change in batch.changes)
-            if _bytes(parameters) > _MOST_BYTES:
-                return False
-            self._committer.submit(uppers, parameters)
+            self._committer.submit(uppers, book.rows_of(change.rows for change in batch.changes))
         except Exception:
             return False  # the writer finds out whose fault it is
         return True
@@ -248,7 +258,9 @@ class Desk:
     def _committed(self) -> None:
         if self._committer is None:
             return
-        done, why = self._committer.take()
+        done, why, ahead, ahead_error = self._committer.take()
+        if ahead or ahead_error:
+            self._made(ahead, ahead_error)
         batch = self._writing
         if not done or batch is None:
             return
@@ -305,15 +317,11 @@ class Desk:
         """Write all of them, or each that can be, in order; whether that was all. The others have their error."""
         begun_s = time.monotonic()
         try:
-            parameters = book.parameters(change.rows for change in changes)
-            if len(changes) > 1 and _bytes(parameters) > _MOST_BYTES:
-                half = len(changes) // 2
-                first = self._write(database, changes[:half])
-                return self._write(database, changes[half:]) and first
+            rows = book.rows_of(change.rows for change in changes)
             if all(change.growing for change in changes):
-                database.write(book.WRITE, parameters, growing=True)
+                database.write(book.WRITE, rows, growing=True)
             else:
-                self._write_smaller(database, parameters)
+                self._write_smaller(database, rows)
         except Exception as error:
             if len(changes) > 1:
                 return self._write_each(database, changes, begun_s + _TRY_FOR_S, error)
@@ -332,7 +340,7 @@ class Desk:
                 change.error, written = told, False
         return written
 
-    def _write_smaller(self, database: Database, parameters: tuple[str | None, ...]) -> None:
+    def _write_smaller(self, database: Database, rows: Sequence[Sequence[book.Row]]) -> None:
         """Write what may have the store's reserve. Whether it is needed is only looked at now and then."""
         now = time.monotonic()
         if now >= self._low_next:
@@ -340,7 +348,7 @@ class Desk:
             self._low = self._reserve.is_low()
         if not self._low:
             try:
-                database.write(book.WRITE, parameters, growing=True)
+                database.write(book.WRITE, rows, growing=True)
                 return
             except StoreError as error:
                 if not refused_room(error):
@@ -348,7 +356,7 @@ class Desk:
         database.release_reserve()
         self._reserve_lacks = True
         self._move(database)  # the log is begun anew then, and takes no more room
-        database.write(book.WRITE, parameters)
+        database.write(book.WRITE, rows)
 
     def _move(self, database: Database) -> bool:
         try:
@@ -438,10 +446,6 @@ class Desk:
                     hint="see the kernel's log, check the file system, mount it read-write and restart the snapshotter",
                 )
         return error if isinstance(error, FlatmountError) else StoreError(f"the store's book: {error}")
-
-
-def _bytes(parameters: tuple[str | None, ...]) -> int:
-    return sum(len(text) for text in parameters if text is not None)
 
 
 def _settle(future: asyncio.Future[T], result: T, error: BaseException | None) -> None:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Mapping as Labels
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter.model import (
@@ -214,7 +214,7 @@ class Index:
             labels=without_empty(labels),
         )
         remapped = key.endswith("-remap")
-        snapshot = replace(active.snapshot, number=number, info=info, mapping=None, host_ids=False, remapped=remapped)
+        snapshot = active.snapshot._replace(number=number, info=info, mapping=None, host_ids=False, remapped=remapped)
         return Entry(snapshot, on, usage)
 
     def commit(self, key: str, made: Entry) -> None:
@@ -246,7 +246,7 @@ class Index:
         # The clock may step back; a snapshot is never updated before it was made.
         now = max(time.time_ns(), info.created_ns)
         self._note(entry, -1)
-        entry.snapshot = replace(entry.snapshot, info=replace(info, labels=without_empty(changed), updated_ns=now))
+        entry.snapshot = entry.snapshot._replace(info=info._replace(labels=without_empty(changed), updated_ns=now))
         self._note(entry, 1)
         return entry
 

@@ -13,14 +13,14 @@ import logging
 import socket
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from enum import IntEnum
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from flatmount.errors import FlatmountError, InUse, MissingFeature, StoreError, UsageError, from_os_error
-from flatmount.snapshotter._front import Front
+from flatmount.snapshotter._front import Front, mounts_response
 from flatmount.snapshotter.metrics import Answered
 from flatmount.snapshotter.model import (
     Info,
@@ -44,9 +44,6 @@ _MOST_REQUEST_BYTES = 16 << 20
 # How often a health watcher's answer is looked at.
 _WATCH_EVERY_S = 1.0
 _CLOSE_MS = 100
-# Tags of MountsResponse and Mount: number and wire type of a field (wire/snapshots.proto).
-_MOUNT, _TYPE, _SOURCE, _OPTION = (bytes((number << 3 | 2,)) for number in (1, 1, 2, 4))
-_ONE_BYTE = tuple(bytes((value,)) for value in range(128))
 # So many answers are enough to send some, while the others of a burst are still made.
 _FLUSH_AT = 16
 
@@ -352,29 +349,8 @@ def _nothing(result: None) -> bytes:
     return b""
 
 
-@lru_cache(maxsize=1024)  # a client that has prepared a snapshot asks for its mounts next
 def _mounts(mount: Mount) -> bytes:
-    """MountsResponse with one Mount, in a quarter of the time that building the messages takes."""
-    body = _TYPE + _text(mount.type) + _SOURCE + _text(mount.source)
-    for option in mount.options:
-        body += _OPTION + _text(option)
-    return _MOUNT + _varint(len(body)) + body
-
-
-def _text(text: str) -> bytes:
-    data = text.encode()
-    return _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    if value < 128:
-        return _ONE_BYTE[value]
-    found = bytearray()
-    while value >= 128:
-        found.append(value & 127 | 128)
-        value >>= 7
-    found.append(value)
-    return bytes(found)
+    return mounts_response(*mount)
 
 
 def _info_answer(info: Info) -> bytes:

@@ -119,9 +119,9 @@ class Snapshots:
             raise InUse(
                 f"another snapshotter serves the store at {self._disk.root}", hint="stop it, or name another --root"
             ) from None
-        path, reserve = os.path.join(self._disk.base, "state.db"), Reserve(self._disk.base)
-        self._desk = Desk(path, self._disk.data_fd, reserve, self._trees, self._turns.refuse)
-        self._ahead = Ahead(self._trees, self._desk.numbers, self._in_pool, reserve.is_roomy)
+        path, self._reserve = os.path.join(self._disk.base, "state.db"), Reserve(self._disk.base)
+        self._desk = Desk(path, self._disk.data_fd, self._reserve, self._trees, self._turns.refuse, self._made_ahead)
+        self._ahead = Ahead(self._trees, self._desk.numbers, self._desk.make_ahead, self._roomy)
         await self._read_again()
         entries = list(self._index)
         await self._in_pool(lambda: self._recover(entries))
@@ -409,6 +409,12 @@ class Snapshots:
 
     async def _in_turn(self, key: str, begin: Callable[[Done], bool]) -> Any:
         return await self._turns.in_turn(key, begin, self._ahead.more)
+
+    def _made_ahead(self, count: int, error: int) -> None:
+        self._ahead.made(count, error)
+
+    async def _roomy(self) -> bool:
+        return await self._in_pool(self._reserve.is_roomy)
 
     def _stands(self, index: Index) -> bool:
         return self._index is index and not self._turns.stale

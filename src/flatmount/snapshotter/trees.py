@@ -37,8 +37,8 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 class Upper:
     """The directories of one fresh snapshot.
 
-    `parent` lends its root's mode and owner, which `owners` moves to host ids. `made` says that `make_ahead` has been
-    there; `work` and `none` say which there are beside the snapshot's files.
+    `parent` lends its root's mode and owner, which `owners` moves to host ids. `made` says that they were made
+    ahead (flatmount.snapshotter.ahead); `work` and `none` say which there are beside the snapshot's files.
     """
 
     number: int
@@ -124,12 +124,6 @@ class Trees:
             found.append((upper.number, upper.made, upper.work, upper.none, mode, uid, gid))
             self.highest = max(self.highest, upper.number)
         return found
-
-    def make_ahead(self, numbers: Sequence[int]) -> None:
-        """Make the directories of active snapshots to come, as `make` finds them made. Raises: StoreError."""
-        for number in make_uppers(self._fd, [(n, False, True, False, _PLAIN[0], *_PLAIN[1:]) for n in numbers]):
-            if number:
-                raise _told(OSError(number, os.strerror(number)), "make directories ahead")
 
     def _root_of(self, upper: Upper) -> tuple[int, int, int]:
         """Mode and owner of a fresh snapshot's root. What is committed keeps those of its own."""

@@ -228,11 +228,13 @@ class Database:
                     self._connection.execute("ROLLBACK")
                 raise
 
-    def write(self, statement: str, parameters: Sequence[str | int | None], *, growing: bool = False) -> None:
-        """Run one statement as a transaction of its own: as `transaction`, with one call to SQLite."""
-        self._check_writable(growing)
-        with self._lock, self._told():
-            self._connection.execute(statement, parameters)
+    def write(
+        self, statements: Sequence[str], rows: Sequence[Sequence[Sequence[str | int | None]]], *, growing: bool = False
+    ) -> None:
+        """Run each of the statements for each of its rows: all of them as one transaction, like `transaction`."""
+        with self.transaction(growing=growing) as db:
+            for statement, each in zip(statements, rows, strict=True):
+                db.executemany(statement, each)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
