@@ -13,7 +13,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#define MOST_CLIENTS 1024 /* a power of two: the low bits of a client's serial are its place */
+#define MOST_CLIENTS 1024
+#define PLACES (2 * MOST_CLIENTS) /* a power of two: the low bits of a client's serial are its place */
 #define MOST_STREAMS 4096
 #define READ_BYTES (64 << 10)
 #define WRITE_BYTES (64 << 10)
@@ -21,7 +22,8 @@
 #define CLIENT_WINDOW (16 << 20)
 #define FRAME_HEAD 5
 #define MOST_TOLD 4096
-#define LOOK_MS 50 /* how exactly deadlines are kept */
+#define LOOK_MS 50    /* how exactly deadlines are kept */
+#define LEAVE_MS 1000 /* for a client to go that was asked to */
 
 const uint64_t fm_bounds_ns[FM_BOUNDS] = {1000000,   2500000,   5000000,    10000000,	25000000,   50000000,  100000000,
 					  250000000, 500000000, 1000000000, 2500000000, 5000000000, 10000000000};
@@ -47,6 +49,8 @@ struct stream {
 struct client {
 	int fd;
 	uint32_t serial;
+	uint64_t used;	   /* the front's count of uses when it was last heard or answered */
+	uint64_t asked_ns; /* when it was asked to go; 0: it stays */
 	nghttp2_session *session;
 	struct fm_front *front;
 	unsigned char *out;
@@ -64,8 +68,10 @@ struct fm_front {
 	size_t path_count, most_bytes;
 	uint64_t most_ns, look_ns; /* when deadlines were last looked at */
 	nghttp2_session_callbacks *callbacks;
-	struct client *clients[MOST_CLIENTS];
+	struct client *clients[PLACES];
 	uint32_t generation;
+	uint64_t uses;
+	size_t staying, leaving;
 	struct client *dirty;
 	unsigned char *read_buffer;
 	/* The front's own until it hands them over, once a turn. */
@@ -313,7 +319,7 @@ static void mark_dirty(struct fm_front *front, struct client *client)
 
 static void take_reply(struct fm_front *front, struct fm_reply *reply)
 {
-	struct client *client = front->clients[reply->call >> 32 & (MOST_CLIENTS - 1)];
+	struct client *client = front->clients[reply->call >> 32 & (PLACES - 1)];
 	struct stream *stream = NULL;
 
 	if (client && client->serial == reply->call >> 32)
@@ -491,6 +497,7 @@ static void end_stream(struct client *client, struct stream *stream)
 		hand_over(client, stream, FM_GONE);
 		finish(client->front, stream, FM_CANCELLED);
 	}
+	client->used = ++client->front->uses;
 	free_stream(stream);
 }
 
@@ -505,6 +512,12 @@ static int on_close(nghttp2_session *session, int32_t id, uint32_t error, void *
 
 /* Clients. */
 
+/* Whether it has no call under way, and nothing of an answer's is still to be sent. */
+static bool is_silent(const struct client *client)
+{
+	return !client->streams && client->out_begin == client->out_end;
+}
+
 static void drop_client(struct client *client)
 {
 	struct fm_front *front = client->front;
@@ -514,7 +527,11 @@ static void drop_client(struct client *client)
 			*at = client->next_dirty;
 			break;
 		}
-	front->clients[client->serial & (MOST_CLIENTS - 1)] = NULL;
+	front->clients[client->serial & (PLACES - 1)] = NULL;
+	if (client->asked_ns)
+		front->leaving--;
+	else
+		front->staying--;
 	nghttp2_session_del(client->session);
 	while (client->streams)
 		end_stream(client, client->streams);
@@ -523,20 +540,75 @@ static void drop_client(struct client *client)
 	free(client);
 }
 
+/* The one that has been silent longest and has no call under way, of those who stay or of those who were asked to go;
+ * NULL where all are busy. */
+static struct client *longest_silent(const struct fm_front *front, bool leaving)
+{
+	struct client *found = NULL;
+
+	for (size_t i = 0; i < PLACES; i++) {
+		struct client *client = front->clients[i];
+
+		if (client && !client->asked_ns == !leaving && is_silent(client) &&
+		    (!found || client->used < found->used))
+			found = client;
+	}
+	return found;
+}
+
+/* Those who say nothing keep nobody out. A call that crosses with this is still answered: gRPC's clients close when
+ * they have read it and all their calls have ended, and connect again with the next one. Closing at once would fail
+ * such a call in clients that write before they read. Returns whether there was one to ask. */
+static bool ask_to_go(struct fm_front *front)
+{
+	struct client *client = longest_silent(front, false);
+
+	if (!client)
+		return false;
+	client->asked_ns = fm_now_ns();
+	front->staying--;
+	front->leaving++;
+	nghttp2_submit_shutdown_notice(client->session);
+	mark_dirty(front, client);
+	return true;
+}
+
+/* Returns PLACES where there is none. */
+static uint32_t place_for_one_more(struct fm_front *front)
+{
+	uint32_t place = 0;
+
+	if (front->staying == MOST_CLIENTS && !ask_to_go(front))
+		return PLACES;
+	while (place < PLACES && front->clients[place])
+		place++;
+	if (place < PLACES)
+		return place;
+	struct client *slow = longest_silent(front, true);
+
+	if (!slow)
+		return PLACES;
+	place = slow->serial & (PLACES - 1);
+	drop_client(slow);
+	return place;
+}
+
 static void accept_client(struct fm_front *front)
 {
 	int fd = accept4(front->listening, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
-	uint32_t place = 0;
 
 	if (fd < 0) {
+		int error = errno;
+
+		if (error == EMFILE && !front->leaving)
+			ask_to_go(front);
 		/* Without descriptors or memory it goes on waiting, and this thread is not to spin on it. */
-		if (errno == EMFILE || errno == ENFILE || errno == ENOMEM || errno == ENOBUFS)
+		if (error == EMFILE || error == ENFILE || error == ENOMEM || error == ENOBUFS)
 			usleep(10000);
 		return;
 	}
-	while (place < MOST_CLIENTS && front->clients[place])
-		place++;
-	struct client *client = place < MOST_CLIENTS ? calloc(1, sizeof(*client)) : NULL;
+	uint32_t place = place_for_one_more(front);
+	struct client *client = place < PLACES ? calloc(1, sizeof(*client)) : NULL;
 
 	if (!client || !(client->out = malloc(WRITE_BYTES)) ||
 	    nghttp2_session_server_new(&client->session, front->callbacks, client)) {
@@ -548,8 +620,10 @@ static void accept_client(struct fm_front *front)
 	}
 	client->fd = fd;
 	client->front = front;
-	client->serial = ++front->generation * MOST_CLIENTS | place;
+	client->used = ++front->uses;
+	client->serial = ++front->generation * PLACES | place;
 	front->clients[place] = client;
+	front->staying++;
 
 	nghttp2_settings_entry settings[] = {{NGHTTP2_SETTINGS_MAX_CONCURRENT_STREAMS, MOST_STREAMS},
 					     {NGHTTP2_SETTINGS_INITIAL_WINDOW_SIZE, STREAM_WINDOW}};
@@ -597,6 +671,14 @@ static int send_to(struct client *client)
 	return nghttp2_session_want_read(client->session) || nghttp2_session_want_write(client->session) ? 0 : -1;
 }
 
+/* Returns -1 where the client has gone or is to go. */
+static int send_goaway(struct client *client)
+{
+	nghttp2_submit_goaway(client->session, NGHTTP2_FLAG_NONE,
+			      nghttp2_session_get_last_proc_stream_id(client->session), NGHTTP2_NO_ERROR, NULL, 0);
+	return send_to(client);
+}
+
 /* Returns -1 where the client has gone or is to go. `hung_up`: nothing more will come. */
 static int hear(struct client *client, bool hung_up)
 {
@@ -609,6 +691,7 @@ static int hear(struct client *client, bool hung_up)
 			continue;
 		if (bytes < 0)
 			return errno == EAGAIN ? 0 : -1;
+		client->used = ++front->uses;
 		if (!bytes || nghttp2_session_mem_recv(client->session, front->read_buffer, (size_t)bytes) < 0)
 			return -1;
 		if (bytes < READ_BYTES && !hung_up)
@@ -664,17 +747,25 @@ static void take_replies(struct fm_front *front)
 	send_dirty(front);
 }
 
-/* Tell those whose time is up. What they asked for goes on. */
+/* Tell those whose time is up. What they asked for goes on. Who was asked to go and did not is let go. */
 static void look_at_deadlines(struct fm_front *front)
 {
 	uint64_t now_ns = fm_now_ns();
 
-	if (!front->most_ns || now_ns - front->look_ns < LOOK_MS * 1000000u)
+	if ((!front->most_ns && !front->leaving) || now_ns - front->look_ns < LOOK_MS * 1000000u)
 		return;
 	front->look_ns = now_ns;
-	for (size_t i = 0; i < MOST_CLIENTS; i++) {
+	for (size_t i = 0; i < PLACES; i++) {
 		struct client *client = front->clients[i];
 
+		if (client && client->asked_ns && now_ns - client->asked_ns >= LEAVE_MS * 1000000u &&
+		    is_silent(client)) {
+			send_goaway(client);
+			drop_client(client);
+			continue;
+		}
+		if (!front->most_ns)
+			continue;
 		for (struct stream *stream = client ? client->streams : NULL; stream; stream = stream->next) {
 			char told[256];
 
@@ -721,14 +812,12 @@ static void say_goodbye(struct fm_front *front)
 	size_t owed = 0;
 
 	epoll_ctl(front->epoll, EPOLL_CTL_DEL, front->listening, NULL);
-	for (size_t i = 0; i < MOST_CLIENTS; i++) {
+	for (size_t i = 0; i < PLACES; i++) {
 		struct client *client = front->clients[i];
 
 		if (!client)
 			continue;
-		nghttp2_submit_goaway(client->session, NGHTTP2_FLAG_NONE,
-				      nghttp2_session_get_last_proc_stream_id(client->session), NGHTTP2_NO_ERROR, NULL, 0);
-		if (send_to(client) || !owes(client))
+		if (send_goaway(client) || !owes(client))
 			drop_client(client);
 		else
 			owed++;
@@ -759,7 +848,7 @@ static void say_goodbye(struct fm_front *front)
 			owed -= !stays;
 		}
 	}
-	for (size_t i = 0; i < MOST_CLIENTS; i++)
+	for (size_t i = 0; i < PLACES; i++)
 		if (front->clients[i])
 			drop_client(front->clients[i]);
 }
@@ -770,20 +859,24 @@ static void *serve(void *argument)
 	struct epoll_event events[64];
 
 	for (;;) {
-		int count = epoll_wait(front->epoll, events, 64, front->most_ns && fm_front_running(front) ? LOOK_MS : -1);
-		bool woken = false;
+		bool looks = front->leaving || (front->most_ns && fm_front_running(front));
+		int count = epoll_wait(front->epoll, events, 64, looks ? LOOK_MS : -1);
+		bool woken = false, knocked = false;
 
 		for (int i = 0; i < count; i++) {
 			struct client *client = events[i].data.ptr;
 
 			if (events[i].data.ptr == &front->listening) {
-				accept_client(front);
+				knocked = true;
 			} else if (events[i].data.ptr == &front->wake) {
 				woken = true;
 			} else {
 				attend(client, events[i].events);
 			}
 		}
+		/* Not among the others, of whom one may be dropped for it that has an event as well. */
+		if (knocked)
+			accept_client(front);
 		look_at_deadlines(front);
 		send_dirty(front);
 		tell_ready(front);

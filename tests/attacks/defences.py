@@ -530,8 +530,26 @@ DEFENCES = (
     ),
     Defence(
         "clients have a greatest number",
-        ((FRONT, "#define MOST_CLIENTS 1024 ", "#define MOST_CLIENTS 8192 "),),
-        ("unit/test_front.py::test_so_many_clients_are_served_and_no_more",),
+        never_c("if (front->staying == MOST_CLIENTS && !ask_to_go(front))"),
+        ("unit/test_front.py::test_who_has_a_call_under_way_stays_and_one_more_is_refused",),
+    ),
+    Defence(
+        "clients that say nothing keep nobody out",
+        ((FRONT, "struct client *client = longest_silent(front, false);", "struct client *client = NULL;"),),
+        (
+            "unit/test_front.py::test_who_has_been_silent_longest_makes_room",
+            "unit/test_front.py::test_without_descriptors_silent_clients_make_room",
+        ),
+    ),
+    Defence(
+        "clients that are asked to go and stay are let go",
+        ((FRONT, "now_ns - client->asked_ns >= LEAVE_MS * 1000000u", "false"),),
+        ("unit/test_front.py::test_who_has_been_silent_longest_makes_room",),
+    ),
+    Defence(
+        "so are those that stay when more come than there are places",
+        ((FRONT, "struct client *slow = longest_silent(front, true);", "struct client *slow = NULL;"),),
+        ("unit/test_front.py::test_silent_clients_that_stay_keep_nobody_out",),
     ),
     Defence(
         "nobody waits for a client that never reads",

@@ -8,12 +8,13 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import socket
 import subprocess
 import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from flatmount.image.layout_writer import new_layout
 from flatmount.kernel.namespaces import enter_private_mounts
 from flatmount.snapshotter import containerd as configuration
 from tests import registries
+from tests.conftest import SOAK
 from tests.snapshotting import Daemon, kept_trees, own_mounts, serving
 
 # Another containerd than the machine's: a directory with containerd, its shim and ctr.
@@ -155,6 +157,18 @@ def image(containerd: Containerd, archive: Path) -> str:
     with containerd.snapshotter.client() as client:
         assert len(client.names("kind==committed")) == LAYERS
     return name
+
+
+def test_silent_clients_cost_containerd_no_call(containerd: Containerd, image: str) -> None:
+    """As many as the service takes come after each of its calls, so that its connection has been silent longest."""
+    for _ in range(20 if SOAK else 4):
+        assert containerd.ctr("snapshots", "--snapshotter", "flatmount", "ls").count("Committed") == LAYERS
+        with ExitStack() as stack:
+            for _ in range(1030):
+                silent = stack.enter_context(socket.socket(socket.AF_UNIX))
+                silent.connect(str(containerd.snapshotter.socket))
+            assert silent.recv(1), "it is greeted when all before it were"
+            assert containerd.ctr("snapshots", "--snapshotter", "flatmount", "ls").count("Committed") == LAYERS
 
 
 def test_an_unmapped_container_runs_and_is_committed_by_containerds_own_diff(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import select
 import socket
 import struct
 import time
@@ -459,37 +460,142 @@ def test_a_client_that_never_reads_holds_nobody_up(path: Path) -> None:
             assert good.echoed(1)
 
 
-def test_so_many_clients_are_served_and_no_more(path: Path) -> None:
-    with as_process(path, FRONTING_DESCRIPTORS="4096") as end:
+@contextmanager
+def crowd(path: Path, count: int = MOST_CLIENTS, *, busy: int = 0, descriptors: int = 4096) -> Iterator[list[Bare]]:
+    """So many clients of a front in a process of its own, the first of which have begun a call."""
+    with as_process(path, FRONTING_DESCRIPTORS=str(descriptors)) as end:
         with ExitStack() as stack:
-            clients = [stack.enter_context(Bare(str(path))) for _ in range(MOST_CLIENTS)]
+            clients = [stack.enter_context(Bare(str(path))) for _ in range(count)]
             assert all(client.echoed(1) for client in clients)
-            with Bare(str(path), begin=False) as one_more:
-                assert one_more.next() is None
-            assert all(client.echoed(3) for client in clients)
-            clients[500].socket.shutdown(socket.SHUT_RDWR)
-            assert clients[500].ended()
-            with Bare(str(path)) as instead:
-                assert instead.echoed(1)
+            for client in clients[:busy]:
+                client.ask(3, None)
+            yield clients
         assert end()[0] == 0
+
+
+def finish_call(client: Bare) -> bool:
+    """Whether a call that was begun is answered."""
+    client.say(frames.frame(frames.DATA, frames.END_STREAM, 3, message(b"at last")))
+    return client.answer(3)[1] == message(b"at last")
+
+
+def asked_to_go(client: Bare) -> bool:
+    """Wait until it is told to open no more streams, and may still finish those it has opened."""
+    last = next(body for kind, _, _, body in client.rest() if kind == frames.GOAWAY)
+    return last == struct.pack(">II", 2**31 - 1, 0)
+
+
+def test_who_has_been_silent_longest_makes_room(path: Path) -> None:
+    with crowd(path, busy=1) as clients:
+        assert clients[1].echoed(3)
+        with Bare(str(path)) as newcomer, Bare(str(path)) as another:
+            assert newcomer.echoed(1)
+            assert another.echoed(1)
+            assert all(asked_to_go(client) for client in clients[2:4])
+            assert clients[2].echoed(3), "what crosses with the question is answered"
+            clients[2].socket.shutdown(socket.SHUT_WR)
+            assert clients[2].ended()
+            # Who does not go is let go, and told to which of its streams somebody has listened.
+            last = [body for kind, _, _, body in clients[3].rest() if kind == frames.GOAWAY]
+            assert last == [struct.pack(">II", 1, 0)]
+            for number in set(range(4, MOST_CLIENTS)) | {1}:
+                assert clients[number].echoed(5)
+            assert finish_call(clients[0])
+            assert newcomer.echoed(3)
+
+
+def test_silent_clients_that_stay_keep_nobody_out(path: Path) -> None:
+    """Each newcomer is served at once, however many there are that neither say anything nor go."""
+    with crowd(path) as clients, ExitStack() as stack:
+        for _ in range(2 * MOST_CLIENTS + 100):
+            assert stack.enter_context(Bare(str(path))).echoed(1)
+        assert all(client.ended() for client in clients)
+
+
+def test_who_has_a_call_under_way_stays_and_one_more_is_refused(path: Path) -> None:
+    with crowd(path, busy=MOST_CLIENTS) as clients:
+        # The front has read a beginning when it has answered what came after it.
+        assert all(client.echoed(5) for client in clients)
+        with Bare(str(path), begin=False) as one_more:
+            assert one_more.next() is None
+        assert all(finish_call(client) for client in clients)
+        with Bare(str(path)) as instead:
+            assert instead.echoed(1)
+
+
+def test_a_grpc_client_that_was_let_go_comes_back_without_a_failed_call(path: Path) -> None:
+    """As containerd's, which is silent for long; also where its call crosses with the question to go.
+
+    All but three places are of busy clients. In each turn the two others are taken by clients that have spoken since,
+    and one more comes at the moment of the call.
+    """
+    options = (("grpc.use_local_subchannel_pool", 1),)  # and what grpc does by itself, retries among it
+    chance = random.Random(1)
+    served = 0
+
+    def come(after_s: float) -> Bare:
+        time.sleep(after_s)
+        newcomer = Bare(str(path))
+        nonlocal served
+        served += newcomer.echoed(1)
+        return newcomer
+
+    with (
+        crowd(path, MOST_CLIENTS - 3, busy=MOST_CLIENTS - 3) as clients,
+        grpc.insecure_channel(f"unix:{path}", options=options) as channel,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert all(client.echoed(5) for client in clients)
+        ask = channel.unary_unary(ECHO)
+        turns = 2000 if SOAK else 150
+        for turn in range(turns):
+            assert ask(b"calm", timeout=WAIT_S) == b"calm"
+            others = [Bare(str(path)) for _ in range(2)]
+            assert all(other.echoed(1) for other in others)
+            coming = pool.submit(come, chance.random() * 0.0006)
+            time.sleep(chance.random() * 0.0006)
+            assert ask(b"%d" % turn, timeout=WAIT_S) == b"%d" % turn
+            for other in (*others, coming.result()):
+                with other:
+                    other.socket.shutdown(socket.SHUT_WR)
+                    assert other.ended()
+        assert served == turns
+        assert all(finish_call(client) for client in clients)
+
+
+def test_without_descriptors_silent_clients_make_room(path: Path) -> None:
+    """One at a time: the descriptor of one who was asked to go is there when it has gone."""
+    with crowd(path, 20, descriptors=40) as clients, ExitStack() as stack:
+        newcomers = 0
+        while not select.select([clients[1].socket], [], [], 0)[0]:
+            assert stack.enter_context(Bare(str(path))).echoed(1)
+            newcomers += 1
+            assert newcomers < 40
+        assert clients[0].ended()
+        assert asked_to_go(clients[1])
+        assert all(client.echoed(3) for client in clients[2:])
 
 
 def test_without_descriptors_it_serves_whom_it_has_and_waits_for_more(path: Path) -> None:
     with as_process(path, FRONTING_DESCRIPTORS="40") as end:
         with ExitStack() as stack:
             clients = [stack.enter_context(Bare(str(path))) for _ in range(20)]
-            assert all(client.echoed(1) for client in clients)
+            for client in clients:
+                client.ask(1, None)
+            assert all(client.echoed(3) for client in clients)
             # These come as far as the queue of the kernel.
             waiting = [stack.enter_context(Bare(str(path))) for _ in range(20)]
+            for client in waiting:
+                client.ask(3, None)
             until_s = time.monotonic() + 1
-            stream = 3
+            stream = 5
             while time.monotonic() < until_s:
                 assert clients[0].echoed(stream)
                 stream += 2
                 time.sleep(0.1)
             for client in clients:
                 client.socket.shutdown(socket.SHUT_RDWR)
-            assert all(client.echoed(1) for client in waiting)
+            assert all(finish_call(client) for client in waiting)
         status, said = end()
     assert status == 0
     spent_s = float(said)
