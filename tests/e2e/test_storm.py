@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import os
 import random
 import signal
 import subprocess
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from flatmount.storm.results import StormReport
+from flatmount.cli.main import main
+from flatmount.kernel.executor import Outcome
+from flatmount.rootfs import workplace as workplaces
+from flatmount.rootfs.assembler import Rootfs
+from flatmount.rootfs.image import probe_store
+from flatmount.store import Store
+from flatmount.storm import engine
+from flatmount.storm.engine import run_storm
+from flatmount.storm.results import Settings, StormReport
 from tests.conftest import SOAK
 from tests.e2e.conftest import LAYERS, CommandLine, leftovers
 
@@ -87,6 +100,93 @@ def test_uppers_elsewhere_and_on_the_host(flatmount: CommandLine, tmp_path: Path
 def test_a_time_out_is_a_failure_and_exit_1(flatmount: CommandLine) -> None:
     flatmount("storm", "demo", "--containers", "30", "--repeats", "1", "--strategies", "per-layer", "--background",
               "20000", "--copies", "16", "--timeout", "1", "--json", "-", expect=1)  # fmt: skip
+
+
+@pytest.fixture
+def in_use(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Somebody stays in the first root file system that is undone, and in the third: their targets."""
+    undo, users, targets = Rootfs.undo, list[int](), list[str]()
+    calls = itertools.count()
+    lock = threading.Lock()
+
+    def undo_in_use(rootfs: Rootfs) -> Outcome | None:
+        with lock:
+            if next(calls) in (0, 2):
+                users.append(os.open(rootfs.target, os.O_RDONLY | os.O_DIRECTORY))
+                targets.append(rootfs.target)
+        return undo(rootfs)
+
+    monkeypatch.setattr(Rootfs, "undo", undo_in_use)
+    yield targets
+    for user in users:
+        os.close(user)
+
+
+STORM = ("storm", "demo", "--containers", "5", "--repeats", "2", "--strategies", "flat,detached", "--on-host")
+
+
+def test_what_cannot_be_undone_is_told_beside_the_results(
+    flatmount: CommandLine, in_use: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLATMOUNT_RUN", str(flatmount.run_directory))
+    out, page = tmp_path / "storm.json", tmp_path / "storm.html"
+    assert main([*STORM, "--root", str(flatmount.root), "--json", str(out), "--html", str(page)]) == 1
+    report = StormReport.from_json(json.loads(out.read_text()))
+    assert [(run.strategy, run.failed, len(run.latencies_ms)) for run in report.results] == [
+        ("flat", 0, 5), ("detached", 0, 5), ("detached", 0, 5), ("flat", 0, 5)
+    ]  # fmt: skip
+    assert all(run.phases_ms.undo and run.undo_operations == 5 for run in report.results)
+    (line,) = report.not_undone
+    assert line.startswith("flat, the kernel's account: 2 root file systems could not be undone: ")
+    assert any(target in line for target in in_use) and "something still uses it" in line
+    assert line.endswith(f"; gone with {in_use[0].rpartition('/roots/')[0]}")
+    assert "What could not be undone" in page.read_text()
+
+
+def test_what_was_not_undone_counts_for_no_time_of_undoing(
+    flatmount: CommandLine, in_use: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a storm that is not counted by the kernel first: the burst that is timed is the one that fails."""
+    with Store.open(str(flatmount.root)) as store:
+        facts = probe_store(store).facts
+        settings = Settings(3, 3, ("flat",), 1, 30.0, 0, 0, 0, True, "fresh", None, "here", store.root, 1)
+        report = run_storm(
+            store, store.image("demo"), settings, facts=facts, run=str(flatmount.run_directory), uppers=None,
+            progress=lambda text: None, account=False,
+        )  # fmt: skip
+    (run,) = report.results
+    assert (run.failed, len(run.latencies_ms), run.undo_operations) == (0, 3, 1)
+    assert run.phases_ms.undo
+    assert run.mount_table.after == run.mount_table.before + 2
+    (line,) = report.not_undone
+    assert line.startswith("flat, repeat 1: 2 root file systems could not be undone: ")
+
+
+def test_an_interrupted_storm_does_not_say_that_everything_is_undone(
+    flatmount: CommandLine, in_use: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a directory that cannot be cleared is named with what does it."""
+    monkeypatch.setenv("FLATMOUNT_RUN", str(flatmount.run_directory))
+    real = engine.undo_burst
+
+    def interrupt(*arguments: Any, **options: Any) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    def fail(path: str) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), path)
+
+    monkeypatch.setattr(engine, "undo_burst", interrupt)
+    with monkeypatch.context() as inner:
+        inner.setattr(workplaces, "_clear", fail)
+        assert main([*STORM, "--root", str(flatmount.root)]) == 128 + signal.SIGTERM
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("flatmount: interrupted")]
+    place = in_use[0].rpartition("/roots/")[0]
+    assert line.startswith(
+        "flatmount: interrupted; flat, the kernel's account: 2 root file systems could not be undone"
+    )
+    assert line.endswith(f"; {place} is still there: the next `flatmount storm`, `mount` or `umount` clears it")
+    workplaces._clear(place)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

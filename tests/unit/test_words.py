@@ -121,6 +121,7 @@ def test_a_hang_up_stops_a_storm_unless_it_is_ignored() -> None:
 def test_an_error_of_the_system_while_undoing_is_that_containers(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stubborn:
         name = "one"
+        target = "/roots/one"
         mapping = None
         container = None
         rootfs = None
@@ -134,4 +135,5 @@ def test_an_error_of_the_system_while_undoing_is_that_containers(monkeypatch: py
     left = burst.Burst(started=[one])  # type: ignore[list-item]
     _, _, problems = burst.undo_burst(left, None, concurrency=1)  # type: ignore[arg-type]
     assert len(problems) == 1
-    assert "EMFILE" in problems[0]
+    assert "EMFILE" in problems[0].why
+    assert problems[0].target == "/roots/one"

@@ -128,7 +128,8 @@ def _run(args: argparse.Namespace) -> int:
             report = with_locks(report, store, image, facts=facts, run=run, uppers=args.uppers, progress=progress)
     progress("")
     _write(report, args.json, args.html)
-    return EXIT_FAILED if any(result.failed for result in report.results) else EXIT_FINE
+    fine = not report.not_undone and not any(result.failed for result in report.results)
+    return EXIT_FINE if fine else EXIT_FAILED
 
 
 def _auto(store: Store, image: StoredImage, facts: HostFacts) -> str:

@@ -31,7 +31,8 @@ def with_locks(
     As `run_storm`: the calling thread moves into a private copy of its mount namespace unless the storm is on the
     host's table. A recording makes bursts slower, so none of its figures are rates. Raises: as `run_storm`.
     """
-    found = []
+    found: list[StrategyLocks] = []
+    not_undone = list(report.not_undone)
     for name in report.settings.strategies:
         settings = replace(report.settings, strategies=(name,), repeats=1, watchers=0)
         progress(f"{name}: who waits for what")
@@ -44,7 +45,8 @@ def with_locks(
             profile = recorder.stop(root_process=os.getpid(), same_program=True)
         started = sum(len(result.latencies_ms) for result in burst.results)
         found.append(locks_of(name, started, profile))
-    return replace(report, locks=tuple(found))
+        not_undone += burst.not_undone
+    return replace(report, locks=tuple(found), not_undone=tuple(not_undone))
 
 
 def locks_of(strategy: str, containers: int, profile: Profile) -> StrategyLocks:

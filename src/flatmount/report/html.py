@@ -349,6 +349,9 @@ def _runs(report: StormReport) -> str:
     failures = dict.fromkeys(f"{run.strategy}: {text}" for run in report.results for text in run.failures)
     listed = "".join(f"<li>{escape(text)}</li>" for text in failures)
     said = f"<section><h2>What failed</h2><ul>{listed}</ul></section>" if listed else ""
+    if report.not_undone:
+        listed = "".join(f"<li>{escape(text)}</li>" for text in report.not_undone)
+        said += f"<section><h2>What could not be undone</h2><ul>{listed}</ul></section>"
     order = "<h2>Every run</h2><p>In the order in which they ran.</p>"
     return f"<section>{order}{plain_table(heads, rows)}</section>{said}"
 

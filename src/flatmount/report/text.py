@@ -168,7 +168,7 @@ def _notes(report: StormReport) -> list[str]:
         if left > 0:
             notes.append(f"{run.strategy} (repeat {run.repeat + 1}) left {left:,} mounts behind.")
     failures = dict.fromkeys(f"{run.strategy}: {text}" for run in report.results for text in run.failures)
-    return notes + list(failures)
+    return [*notes, *failures, *report.not_undone]
 
 
 def _account(results: Sequence[RunResult]) -> str:

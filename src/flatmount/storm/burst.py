@@ -92,7 +92,15 @@ def _in_general(error: FlatmountError, container: Container) -> str:
     return str(error).replace(container.target, "ROOT").replace(container.name, "NAME")
 
 
-def undo_burst(burst: Burst, pool: RangePool, *, concurrency: int) -> tuple[dict[str, int], int, list[str]]:
+@dataclass(frozen=True, slots=True)
+class NotUndone:
+    """A root file system that still stands, and why."""
+
+    target: str
+    why: str
+
+
+def undo_burst(burst: Burst, pool: RangePool, *, concurrency: int) -> tuple[dict[str, int], int, list[NotUndone]]:
     """Undo what stands, as many at a time as were started, and let its ranges go.
 
     Returns nanoseconds by container, mount operations, and what could not be undone.
@@ -101,7 +109,7 @@ def undo_burst(burst: Burst, pool: RangePool, *, concurrency: int) -> tuple[dict
     lock = threading.Lock()
     took: dict[str, int] = {}
     operations = 0
-    problems: list[str] = []
+    problems: list[NotUndone] = []
 
     def undoer() -> None:
         nonlocal operations
@@ -115,11 +123,12 @@ def undo_burst(burst: Burst, pool: RangePool, *, concurrency: int) -> tuple[dict
                 outcome = one.rootfs.undo()
             except FlatmountError as error:
                 with lock:
-                    problems.append(str(error))
+                    problems.append(NotUndone(one.container.target, error.line()))
                 continue
             except OSError as error:
                 with lock:
-                    problems.append(str(from_os_error(error, f"undo {one.container.name}:")))
+                    why = from_os_error(error, f"undo {one.container.name}:").line()
+                    problems.append(NotUndone(one.container.target, why))
                 continue
             pool.drop(one.container.mapping)
             with lock:

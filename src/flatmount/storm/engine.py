@@ -6,12 +6,12 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
-from flatmount.errors import FlatmountError, MissingFeature, UsageError
+from flatmount.errors import FlatmountError, MissingFeature, UsageError, from_os_error
 from flatmount.kernel.executor import run_once
 from flatmount.kernel.mounts import MountEvents, mount_count
 from flatmount.kernel.namespaces import enter_private_mounts
@@ -23,7 +23,7 @@ from flatmount.rootfs.image import specification
 from flatmount.rootfs.ranges import RangePool
 from flatmount.rootfs.workplace import workplace
 from flatmount.store import Store, StoredImage
-from flatmount.storm.burst import Burst, run_burst, undo_burst
+from flatmount.storm.burst import Burst, NotUndone, run_burst, undo_burst
 from flatmount.storm.containers import MOST_CONTAINERS, Container, containers, image_files, merged_tree
 from flatmount.storm.host import now_utc, this_host
 from flatmount.storm.limits import allow_descriptors
@@ -47,10 +47,11 @@ _BEFORE_ROUND_NS = 2_000_000
 
 
 class Interrupted(FlatmountError):
-    """A signal ended the storm; everything it had made is undone."""
+    """A signal ended the storm; everything it had made is undone, but for what `left` says."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__("interrupted; everything is undone")
+    def __init__(self, number: int, left: str = "everything is undone") -> None:
+        super().__init__(f"interrupted; {left}")
+        self.number = number
         self.exit_code = 128 + number
 
 
@@ -86,31 +87,77 @@ def run_storm(
         progress: told what is going on, in a few words.
         account: first a burst of each strategy for the kernel's own count; who only wants the bursts leaves it out.
 
+    What cannot be undone is said in the report: what was measured is not lost for it.
     Raises: FlatmountError; Interrupted.
     """
     _check(settings)
+    report: StormReport | None = None
+    standing = _Standing()
+    try:
+        with ExitStack() as stack:
+            report = _measure(stack, store, image, settings, facts, run, uppers, progress, account, standing)
+    except Interrupted as interrupted:
+        if standing.lines:
+            raise Interrupted(interrupted.number, standing.told()[0]) from None
+        raise
+    except (FlatmountError, OSError) as error:
+        if report is None:
+            raise
+        # Everything was measured, and what all bursts shared could not be let go.
+        said = error if isinstance(error, FlatmountError) else from_os_error(error, "end the storm:")
+        return replace(report, not_undone=(*standing.told(), said.line()))
+    return replace(report, not_undone=standing.told())
+
+
+class _Standing:
+    """What could not be undone, a line for each burst, and the storm's directory, which goes last."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.place = ""
+
+    def told(self) -> tuple[str, ...]:
+        """The lines, with what became of it when the directory went."""
+        fate = f"gone with {self.place}"
+        if os.path.lexists(self.place):
+            fate = f"{self.place} is still there: the next `flatmount storm`, `mount` or `umount` clears it"
+        return tuple(f"{line}; {fate}" for line in self.lines)
+
+
+def _measure(
+    stack: ExitStack,
+    store: Store,
+    image: StoredImage,
+    settings: Settings,
+    facts: HostFacts,
+    run: str,
+    uppers: str | None,
+    progress: Progress,
+    account: bool,
+    left: _Standing,
+) -> StormReport:
     allow_descriptors(settings.containers, settings.concurrency, layers=len(image.layers))
     taken_at = now_utc()
     if not settings.on_host:
         enter_private_mounts()
     elsewhere = () if uppers is None else (os.path.join(os.path.realpath(uppers), owned_name("flatmount-storm")),)
-    with ExitStack() as stack:
-        stop = stack.enter_context(stoppable())
-        place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
-        background_mounts(place, settings.background)
-        storm = _Storm(store, image, settings, facts, place, elsewhere[0] if elsewhere else f"{place}/uppers", stop)
-        probe = stack.enter_context(HealthProbe())
-        storm.prepare(progress, stack)
-        unasked = Account(None, "not asked")
-        accounts = {name: storm.account(name, progress) if account else unasked for name in settings.strategies}
-        results = [
-            storm.measure(name, repeat, accounts[name], probe, progress)
-            for repeat in range(settings.repeats)
-            for name in rotated(settings.strategies, repeat)
-        ]
-        name = image.name or image.digest
-        facts_of_image = ImageFacts(name, len(image.layers), storm.entries)
-        return StormReport(taken_at, this_host(), facts_of_image, settings, tuple(results))
+    stop = stack.enter_context(stoppable())
+    place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
+    left.place = place
+    background_mounts(place, settings.background)
+    storm = _Storm(store, image, settings, facts, place, elsewhere[0] if elsewhere else f"{place}/uppers", stop, left)
+    probe = stack.enter_context(HealthProbe())
+    storm.prepare(progress, stack)
+    unasked = Account(None, "not asked")
+    accounts = {name: storm.account(name, progress) if account else unasked for name in settings.strategies}
+    results = [
+        storm.measure(name, repeat, accounts[name], probe, progress)
+        for repeat in range(settings.repeats)
+        for name in rotated(settings.strategies, repeat)
+    ]
+    name = image.name or image.digest
+    facts_of_image = ImageFacts(name, len(image.layers), storm.entries)
+    return StormReport(taken_at, this_host(), facts_of_image, settings, tuple(results))
 
 
 def _check(settings: Settings) -> None:
@@ -187,6 +234,7 @@ class _Storm:
         place: str,
         uppers: str,
         stop: Stop,
+        left: _Standing,
     ) -> None:
         self._store = store
         self._image = image
@@ -195,6 +243,7 @@ class _Storm:
         self._place = place
         self._uppers = uppers
         self._stop = stop
+        self._left = left
         self.entries = 0
         self._files: list[str] = []
         self._tree = ""
@@ -248,7 +297,7 @@ class _Storm:
             before = events.counts()
             burst = self._burst(wanted, self._assembler(name, pool), copies=0)
             after = events.counts()
-            self._undo(burst, pool)
+            self._undo(burst, pool, f"{name}, the kernel's account")
         if burst.failures:
             return Account(None, f"the burst that was counted had failures: {burst.failures[0]}")
         counted = after.attached + after.detached - before.attached - before.detached
@@ -271,7 +320,7 @@ class _Storm:
             standing = mount_count()
             totals = watchers.stop() if settings.watchers else WatcherTotals(0, 0, 0, 0.0)
         once = pool.mount_operations
-        undo_ns, undo_operations = self._undo(burst, pool)
+        undo_ns, undo_operations = self._undo(burst, pool, f"{name}, repeat {repeat + 1}")
         window = probe.between(burst.start_ns, burst.end_ns)
         self._stop.check()
         in_time = [one for one in burst.started if one.latency_ns <= settings.timeout_s * 1e9]
@@ -287,7 +336,7 @@ class _Storm:
                     user_namespace_ms=one.rootfs.phases.range_ns / 1e6,
                     plan_ms=one.rootfs.phases.plan_ns / 1e6,
                     execute_ms=one.rootfs.phases.execute_ns / 1e6,
-                    undo_ms=undo_ns.get(one.container.name, 0) / 1e6,
+                    undo_ms=_ms(undo_ns.get(one.container.name)),
                 )
                 for one in in_time
             ],
@@ -321,12 +370,23 @@ class _Storm:
             begin_ns=begin_ns,
         )
 
-    def _undo(self, burst: Burst, pool: RangePool) -> tuple[dict[str, int], int]:
+    def _undo(self, burst: Burst, pool: RangePool, which: str) -> tuple[dict[str, int], int]:
         settings = self._settings
         concurrency = min(settings.concurrency, settings.containers)
         undo_ns, operations, problems = undo_burst(burst, pool, concurrency=concurrency)
         pool.close()
         if problems:
-            raise FlatmountError(f"{len(problems)} root file systems could not be undone: {problems[0]}")
+            self._left.lines.append(_in_one_line(which, problems))
         self._stop.check()
         return undo_ns, operations
+
+
+def _in_one_line(which: str, problems: Sequence[NotUndone]) -> str:
+    first = problems[0]
+    what = "a root file system" if len(problems) == 1 else f"{len(problems):,} root file systems"
+    where = "" if first.target in first.why else f"{first.target}: "
+    return f"{which}: {what} could not be undone: {where}{first.why}"
+
+
+def _ms(ns: int | None) -> float | None:
+    return None if ns is None else ns / 1e6

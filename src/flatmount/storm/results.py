@@ -122,7 +122,7 @@ class MountTable:
 
 @dataclass(frozen=True, slots=True)
 class PhasesMs:
-    """Median milliseconds of a container's phases, None where none started. Latency is without undoing."""
+    """Median milliseconds of a container's phases, None where none went through it. Latency is without undoing."""
 
     user_namespace: float | None
     plan: float | None
@@ -163,13 +163,13 @@ class RunResult:
 
 @dataclass(frozen=True, slots=True)
 class ContainerTimes:
-    """Milliseconds of one container that started: its latency, and its phases."""
+    """Milliseconds of one container that started: its latency, and its phases; `undo_ms` None where it still stands."""
 
     latency_ms: float
     user_namespace_ms: float
     plan_ms: float
     execute_ms: float
-    undo_ms: float
+    undo_ms: float | None
 
 
 def measured(
@@ -219,7 +219,7 @@ def measured(
             user_namespace=_median_ms(one.user_namespace_ms for one in started),
             plan=_median_ms(one.plan_ms for one in started),
             execute=_median_ms(one.execute_ms for one in started),
-            undo=_median_ms(one.undo_ms for one in started),
+            undo=_median_ms(one.undo_ms for one in started if one.undo_ms is not None),
         ),
         undo_operations=undo_operations,
         latencies_ms=tuple(round(value, 3) for value in latencies),
@@ -271,7 +271,8 @@ class StormReport:
     """A storm: when, where, on what, how, and a result for each strategy and repeat in the order they ran.
 
     `taken_at` is when it began, in UTC as ISO 8601 writes it (`2026-01-31T12:00:00Z`). `locks` has an entry for each
-    strategy where the storm was asked to record them.
+    strategy where the storm was asked to record them. `not_undone` has a line for each burst of which something could
+    not be undone: what, where, why, and what has become of it.
     """
 
     taken_at: str
@@ -280,6 +281,7 @@ class StormReport:
     settings: Settings
     results: tuple[RunResult, ...]
     locks: tuple[StrategyLocks, ...] = ()
+    not_undone: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As one JSON object with its schema's name; `from_json` gives an equal report."""
