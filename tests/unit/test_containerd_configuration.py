@@ -107,6 +107,15 @@ def test_status_says_that_containerd_2_pulls_nothing_for_us(tmp_path: Path, caps
     )
     assert main(["containerd", "status", "--config", str(file)]) == 1
     assert "unpack_config" in capsys.readouterr().out
+    with open(file, "a") as more:
+        more.write('[plugins."io.containerd.cri.v1.images"]\n  snapshotter = "flatmount"\n')
+    assert main(["containerd", "status", "--config", str(file)]) == 1
+    # Without --cri an install takes CRI's snapshotter away.
+    assert "`flatmount containerd install --cri --config " in capsys.readouterr().out
+    file.write_text(file.read_text().replace("remap-ids", "rebase"))
+    assert main(["containerd", "status", "--config", str(file)]) == 1
+    said = capsys.readouterr().out
+    assert "unpack_config" in said and 'capabilities = ["remap-ids"] is missing' in said
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,13 @@ def test_time_outs_in_a_journal() -> None:
     }
 
 
+def test_what_the_configuration_says_is_found_for_the_containerd_that_is_here() -> None:
+    ours = snapshotters.Snapshotter("flatmount", "/etc/containerd/config.toml", 3, "/run/x.sock", True, ours=True)
+    assert only(replace(HEALTHY, snapshotter=ours)).id == "snapshotter-not-unpacked"
+    old = engine("containerd", 1, 7, 29)
+    assert ids(replace(old, snapshotter=ours)) == ids(old)
+
+
 def test_every_finding_has_a_page_and_no_page_is_left_over(capsys: pytest.CaptureFixture[str]) -> None:
     source = "".join(Path(module.__file__).read_text() for module in (checks, engine_checks, snapshotters))
     assert all(f'"{name}",' in source for name in PAGES)

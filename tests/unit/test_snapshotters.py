@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from flatmount.cli.main import main
 from flatmount.observe.doctor import snapshotters
 from flatmount.observe.doctor.findings import Severity
 from flatmount.observe.doctor.snapshotters import Snapshotter, check, find_snapshotter, read_snapshotter
+from flatmount.snapshotter import containerd
 
 VERSION_3 = """version = 3
 [plugins.'io.containerd.cri.v1.images']
@@ -72,7 +76,8 @@ def test_files_of_every_version(
     text: str, version: int, name: str, address: str | None, remap: bool, tmp_path: Path
 ) -> None:
     path = written(tmp_path, text)
-    assert read_snapshotter(path) == Snapshotter(name, path, version, address, remap)
+    found = read_snapshotter(path)
+    assert found == Snapshotter(name, path, version, address, remap, ours=name == "flatmount")
 
 
 def test_what_is_imported_lies_over_the_file(tmp_path: Path) -> None:
@@ -81,6 +86,63 @@ def test_what_is_imported_lies_over_the_file(tmp_path: Path) -> None:
     written(tmp_path / "conf.d", VERSION_2.replace("stargz", "soci"), "a.toml")
     found = read_snapshotter(path)
     assert (found.name, found.address) == ("soci", "/run/soci.sock")
+
+
+ADDED = VERSION_3.partition("[proxy_plugins")[1:]
+RECORDED = {
+    # What `flatmount containerd install` of before wrote, with --cri and without.
+    "of an older install": (VERSION_3, ()),
+    "not for CRI": ("version = 2\n" + "".join(ADDED), ()),
+    # As `containerd config default` of 2.1 has the plugin, and with what snapshotters' own pages say to add.
+    "default": (
+        VERSION_3 + "[plugins.'io.containerd.transfer.v1.local']\n  max_concurrent_downloads = 3\n"
+        "  check_platform_supported = false\n  config_path = ''\n",
+        (),
+    ),
+    "empty": (VERSION_3 + "[plugins.'io.containerd.transfer.v1.local']\n  unpack_config = []\n", ()),
+    "others": (
+        VERSION_3 + "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  platform = 'linux/amd64'\n"
+        "  snapshotter = 'erofs'\n  differ = 'erofs'\n[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n"
+        "  snapshotter = 'devmapper'\n",
+        ("erofs", "devmapper"),
+    ),
+    "no list": (VERSION_3 + "[plugins.'io.containerd.transfer.v1.local']\n  unpack_config = 7\n", ()),
+}
+
+
+@pytest.mark.parametrize(("text", "told"), RECORDED.values(), ids=RECORDED)
+def test_that_containerd_2_pulls_nothing_for_us_is_found(text: str, told: tuple[str, ...], tmp_path: Path) -> None:
+    path = written(tmp_path, text)
+    found = read_snapshotter(path)
+    assert found.unpacked_for == told
+    for version in ((2, 1, 0), NEW, (2, 3, 4), None):
+        (finding,) = check(found, version)
+        assert (finding.id, finding.severity, finding.now) == ("snapshotter-not-unpacked", Severity.WARNING, True)
+        assert path in finding.evidence[0]
+        assert all(name in finding.evidence[0] for name in told)
+        assert ("install --cri --config" in finding.remedy) is (found.name == "flatmount")
+    assert [*check(found, OLD), *check(found, (2, 0, 7))] == []
+
+
+def test_the_remedy_ends_it(tmp_path: Path) -> None:
+    for cri, version in itertools.product((False, True), (2, 3)):
+        made = containerd.install(f"version = {version}\n", "/run/flatmount/snapshotter.sock", cri=cri)
+        file = written(tmp_path, re.sub(r"\n\[\[plugins.*\n(  .*\n)*", "", made))
+        (finding,) = check(read_snapshotter(file), NEW)
+        command = finding.remedy.split("`")[1].split()
+        assert main(command[1:]) == 0
+        found = read_snapshotter(file)
+        assert (found.unpacked_for, found.name) == (("overlayfs", "flatmount"), "flatmount" if cri else "overlayfs")
+        assert list(check(found, NEW)) == []
+    (finding,) = check(replace(PROXY, path=containerd.DEFAULT_PATH, name="x", ours=True), NEW)
+    assert "`flatmount containerd install`" in finding.remedy
+
+
+def test_what_is_imported_may_have_the_list(tmp_path: Path) -> None:
+    path = written(tmp_path, 'imports = ["unpack.toml"]\n' + VERSION_3)
+    entry = "[[plugins.'io.containerd.transfer.v1.local'.unpack_config]]\n  snapshotter = 'flatmount'\n"
+    written(tmp_path, entry, "unpack.toml")
+    assert list(check(read_snapshotter(path), NEW)) == []
 
 
 @pytest.mark.parametrize("text", ["not = [toml", "version = 'x'\n"])
@@ -124,6 +186,13 @@ PROXY = Snapshotter("flatmount", "/etc/x", 3, "/run/x.sock", True)
         (Snapshotter("devmapper", "/etc/x", 2, "", False), NEW, {}),
         (PROXY, NEW, {}),
         (replace(PROXY, remap_ids=False), NEW, {"snapshotter-no-remap": Severity.WARNING}),
+        (
+            replace(PROXY, remap_ids=False, ours=True),
+            NEW,
+            {"snapshotter-no-remap": Severity.WARNING, "snapshotter-not-unpacked": Severity.WARNING},
+        ),
+        (replace(PROXY, ours=True, unpacked_for=("overlayfs", "flatmount")), NEW, {}),
+        (replace(PROXY, name="other"), NEW, {}),
         (replace(PROXY, remap_ids=False), OLD, {}),
         (replace(PROXY, name="nydus", remap_ids=False), NEW, {"snapshotter-fuse": Severity.NOTE}),
         (Snapshotter("native", "/etc/x", 1, "", False), NEW, {"snapshotter-copies": Severity.WARNING}),

@@ -156,12 +156,12 @@ def _status(args: argparse.Namespace) -> int:
     findings = []
     if found is None or not found.socket:
         findings.append(f"{args.config} does not have the snapshotter; `flatmount containerd install` adds it")
-    elif not found.remap_ids:
+    if found is not None and found.socket and not found.remap_ids:
         findings.append('capabilities = ["remap-ids"] is missing: containerd 2.x would change owners file by file')
-    elif not found.unpacks:
+    if found is not None and found.socket and not found.unpacks:
         findings.append(
             "the transfer service's unpack_config does not name the snapshotter: CRI and `ctr` of containerd 2.1 and"
-            " later pull no image for it; `flatmount containerd install` adds it"
+            f" later pull no image for it; {containerd.adding_it(args.config, cri=found.cri)}"
         )
     socket = found.socket if found is not None and found.socket else os.path.join(run_directory(), "snapshotter.sock")
     answers = _answers(socket)

@@ -7,6 +7,7 @@ we change says what it was, so that it can be undone even after somebody else ha
 from __future__ import annotations
 
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,6 +33,7 @@ _CRI = {
 # snapshotters that are named here. 1.6 has no such plugin and passes over the table.
 _TRANSFER = ("plugins", "io.containerd.transfer.v1.local")
 _UNPACKS = "unpack_config"
+UNPACKS_SINCE = (2, 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def inspect(text: str) -> Installed:
     plugin = _table(top, ("proxy_plugins", NAME))
     cri = _table(top, _CRI[version]).get("snapshotter") == NAME
     remap_ids = "remap-ids" in plugin.get("capabilities", ())
-    return Installed(version, str(plugin.get("address", "")), remap_ids, cri, NAME in _unpacking_for(top))
+    return Installed(version, str(plugin.get("address", "")), remap_ids, cri, NAME in unpacking_for(top))
 
 
 def section(text: str, socket: str, *, cri: bool) -> str:
@@ -73,17 +75,26 @@ def _proxy(top: dict[str, Any], socket: str) -> list[str]:
     # "rebase", from containerd 2.2 on: layers may be unpacked side by side and get their parents at the commit.
     lines.append('  capabilities = ["remap-ids", "rebase"]')
     # A list in the file takes the place of containerd's own, which has its overlayfs. One that is there is added to.
-    there = _unpacking_for(top)
+    there = unpacking_for(top)
     for name in [name for name in ((NAME,) if there else ("overlayfs", NAME)) if name not in there]:
         lines += ["", f"[[{_dotted((*_TRANSFER, _UNPACKS))}]]", '  platform = "linux"']
         lines += [f'  snapshotter = "{name}"', '  differ = "walking"']
     return lines
 
 
-def _unpacking_for(top: dict[str, Any]) -> list[str]:
-    """The snapshotters that the transfer service unpacks for; none where its list is containerd's own."""
-    entries = _table(top, _TRANSFER).get(_UNPACKS, ())
+def unpacking_for(top: dict[str, Any]) -> list[str]:
+    """The snapshotters that a file has the transfer service unpack for; none where the list is containerd's own."""
+    entries = _table(top, _TRANSFER).get(_UNPACKS)
+    entries = entries if isinstance(entries, list) else []
     return [str(entry.get("snapshotter", "")) for entry in entries if isinstance(entry, dict)]
+
+
+def adding_it(path: str, *, cri: bool) -> str:
+    """What completes a section of the file. `cri`: ours is the snapshotter of CRI, and is to stay that."""
+    command = f"flatmount containerd install{' --cri' if cri else ''}"
+    if path != DEFAULT_PATH:
+        command += f" --config {shlex.quote(path)}"
+    return f"`{command}` adds it; to a section that it did not make, by hand: `{command} --print`"
 
 
 def _for_successors(version: int) -> list[str]:

@@ -104,6 +104,15 @@ that shifts ids as well then shows files that belong to nobody.
 
 Seen by: containerd's configuration.
 Do: add capabilities = ["remap-ids"] to the plugin's section, if it does shift ids.""",
+    "snapshotter-not-unpacked": """\
+From 2.1 on CRI and `ctr images pull` leave pulling to containerd's transfer service, which unpacks only for the
+snapshotters that its unpack_config names; its own list has overlayfs, and not flatmount. Pulls then end with "unable to
+initialize unpacker: no unpack platforms defined". Images that are there already, and pulls that go past that service
+(`ctr images pull --local`, CRI with use_local_image_pull), work.
+
+Seen by: containerd's configuration. `flatmount containerd status` says the same of the file that it is given.
+Do: `flatmount containerd install` (with --cri where CRI takes the snapshotter) completes a section of its own; to
+another add the entry that `--print` shows. Restart containerd. See: containerd issue 11606.""",
     "runc-self-bind": """\
 runc before 1.2 bind-mounts its own binary read-only for a moment at each start and each exec: two mounts and an umount
 in the host's table. With health checks by exec that wakes whoever follows the table all the time.

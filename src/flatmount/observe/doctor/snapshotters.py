@@ -17,6 +17,7 @@ from typing import Any
 from flatmount.observe.doctor.findings import Finding, Severity
 from flatmount.observe.leaks import own_namespace
 from flatmount.observe.processes import Process, is_trusted
+from flatmount.snapshotter import containerd
 
 DEFAULT_PATH = "/etc/containerd/config.toml"
 _K3S_PATH = "/var/lib/rancher/k3s/agent/etc/containerd/config.toml"
@@ -40,6 +41,8 @@ class Snapshotter:
 
     `version` is the file's, 0 where there is no file. `address` is the socket of a proxy plugin, "" for one that is
     built in, None where nothing of this name is configured. `remap_ids`: containerd leaves shifting owners to it.
+    `ours`: flatmount's is one of the proxy plugins, for Kubernetes or not. `unpacked_for` are the snapshotters that the
+    transfer service is told to unpack for, none where its list is containerd's own.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Snapshotter:
     version: int
     address: str | None
     remap_ids: bool
+    ours: bool = False
+    unpacked_for: tuple[str, ...] = ()
 
 
 def read_snapshotter(path: str) -> Snapshotter:
@@ -61,7 +66,8 @@ def read_snapshotter(path: str) -> Snapshotter:
     address = str(proxy.get("address", "")) if proxy else "" if name in _BUILT_IN else None
     capabilities = proxy.get("capabilities", ())
     remap = isinstance(capabilities, list) and "remap-ids" in capabilities
-    return Snapshotter(name, path, version, address, remap)
+    ours = bool(_table(top, ("proxy_plugins", containerd.NAME)))
+    return Snapshotter(name, path, version, address, remap, ours, tuple(containerd.unpacking_for(top)))
 
 
 def containerd_here(processes: Iterable[Process]) -> int | None:
@@ -102,8 +108,27 @@ def find_snapshotter(running_pid: int | None) -> tuple[Snapshotter | None, str]:
         return None, f"containerd's snapshotter: {path}: {error}"
 
 
-def check(snapshotter: Snapshotter, containerd: tuple[int, int, int] | None) -> Iterator[Finding]:
-    """What follows from the snapshotter's name, for a containerd of this version (None: it is not known)."""
+def check(snapshotter: Snapshotter, version: tuple[int, int, int] | None) -> Iterator[Finding]:
+    """What follows from the configuration, for a containerd of this version (None: it is not known)."""
+    yield from _by_name(snapshotter, version)
+    told, cri = snapshotter.unpacked_for, snapshotter.name == containerd.NAME
+    if snapshotter.ours and containerd.NAME not in told and (version is None or version >= containerd.UNPACKS_SINCE):
+        yield Finding(
+            "snapshotter-not-unpacked",
+            Severity.WARNING,
+            f"containerd pulls no image for its snapshotter {containerd.NAME}",
+            (
+                f"{snapshotter.path}: [proxy_plugins.{containerd.NAME}] is there, and the transfer service's "
+                + (f"unpack_config names {', '.join(told)} only" if told else "list is containerd's own"),
+                'pulls by CRI and `ctr` end with "no unpack platforms defined"',
+            ),
+            "the administrator",
+            f"{containerd.adding_it(snapshotter.path, cri=cri)}; then restart containerd",
+            True,
+        )
+
+
+def _by_name(snapshotter: Snapshotter, version: tuple[int, int, int] | None) -> Iterator[Finding]:
     name, said = snapshotter.name, f"{snapshotter.path}: snapshotter = {snapshotter.name!r}"
     if snapshotter.address is None and name not in _FUSE:
         yield Finding(
@@ -135,7 +160,7 @@ def check(snapshotter: Snapshotter, containerd: tuple[int, int, int] | None) -> 
             "watch the table's length (`flatmount watch`); FUSE takes id-mapped mounts from Linux 6.12 on, if it asks",
             False,
         )
-    elif snapshotter.address and not snapshotter.remap_ids and (containerd is None or containerd >= (2, 0, 0)):
+    elif snapshotter.address and not snapshotter.remap_ids and (version is None or version >= (2, 0, 0)):
         yield Finding(
             "snapshotter-no-remap",
             Severity.WARNING,
