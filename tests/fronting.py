@@ -51,7 +51,7 @@ class Behind:
     `calls` are what it took, where it `keeps` them, and `gone` the calls whose clients left. A context manager.
     """
 
-    paths: tuple[str | tuple[str, str | None, bool], ...] = PATHS
+    paths: tuple[str | tuple[str, str | None, bool] | tuple[str, str | None, bool, int], ...] = PATHS
 
     def __init__(self, path: Path | str, act: Act = echo, *, keeps: bool = True, most_s: float = 0.0) -> None:
         self.path = str(path)

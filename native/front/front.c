@@ -1,5 +1,7 @@
 #include "front.h"
 
+#include "kept.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <nghttp2/nghttp2.h>
@@ -71,6 +73,7 @@ struct fm_front {
 	struct client *clients[PLACES];
 	uint32_t generation;
 	uint64_t uses;
+	struct fm_kept *kept;
 	size_t staying, leaving;
 	struct client *dirty;
 	unsigned char *read_buffer;
@@ -317,19 +320,10 @@ static void mark_dirty(struct fm_front *front, struct client *client)
 	front->dirty = client;
 }
 
-static void take_reply(struct fm_front *front, struct fm_reply *reply)
+static void give(struct client *client, struct stream *stream, struct fm_reply *reply)
 {
-	struct client *client = front->clients[reply->call >> 32 & (PLACES - 1)];
-	struct stream *stream = NULL;
-
-	if (client && client->serial == reply->call >> 32)
-		stream = nghttp2_session_get_stream_user_data(client->session, (int32_t)(uint32_t)reply->call);
-	if (!stream || stream->finished) {
-		free_reply(reply); /* whoever asked has gone */
-		return;
-	}
 	if (reply->ends) {
-		finish(front, stream, reply->status);
+		finish(client->front, stream, reply->status);
 		stream->told = reply->told;
 		stream->told_bytes = reply->told_bytes;
 		reply->told = NULL;
@@ -344,8 +338,22 @@ static void take_reply(struct fm_front *front, struct fm_reply *reply)
 	} else {
 		free_reply(reply);
 	}
-	mark_dirty(front, client);
+	mark_dirty(client->front, client);
 	answer(client, stream);
+}
+
+static void take_reply(struct fm_front *front, struct fm_reply *reply)
+{
+	struct client *client = front->clients[reply->call >> 32 & (PLACES - 1)];
+	struct stream *stream = NULL;
+
+	if (client && client->serial == reply->call >> 32)
+		stream = nghttp2_session_get_stream_user_data(client->session, (int32_t)(uint32_t)reply->call);
+	if (!stream || stream->finished) {
+		free_reply(reply); /* whoever asked has gone */
+		return;
+	}
+	give(client, stream, reply);
 }
 
 /* What clients say. */
@@ -450,6 +458,28 @@ static int on_data(nghttp2_session *session, uint8_t flags, int32_t id, const ui
 	return 0;
 }
 
+static bool take_key(void *key, size_t place, struct fm_text first, struct fm_text second)
+{
+	*(struct fm_text *)key = first;
+	return true;
+}
+
+/* Returns whether the answer was known. */
+static bool give_kept(struct client *client, struct stream *stream)
+{
+	const struct fm_field field = {.number = client->front->paths[stream->method].kept_by};
+	struct fm_text key = {"", 0};
+
+	if (!field.number || !fm_read_fields(stream->body + FRAME_HEAD, stream->body_bytes - FRAME_HEAD, &field, 1,
+					     take_key, &key))
+		return false;
+	struct fm_reply *reply = fm_kept_find(client->front->kept, key, call_of(client, stream->id));
+
+	if (reply)
+		give(client, stream, reply);
+	return reply;
+}
+
 static int whole_request(struct client *client, struct stream *stream)
 {
 	const unsigned char *body = stream->body;
@@ -470,6 +500,8 @@ static int whole_request(struct client *client, struct stream *stream)
 	    ((size_t)body[1] << 24 | (size_t)body[2] << 16 | (size_t)body[3] << 8 | body[4]) !=
 		    stream->body_bytes - FRAME_HEAD)
 		return refuse(client, stream, FM_INTERNAL, "a request is one message, and this is not");
+	if (give_kept(client, stream))
+		return 0;
 	const struct fm_front *front = client->front;
 
 	if (front->paths[stream->method].endless)
@@ -907,6 +939,7 @@ static void let_go(struct fm_front *front)
 	free(front->paths);
 	free(front->counts);
 	free(front->read_buffer);
+	fm_kept_free(front->kept);
 	if (front->callbacks)
 		nghttp2_session_callbacks_del(front->callbacks);
 	int fds[] = {front->epoll, front->wake, front->ready};
@@ -923,12 +956,14 @@ static int prepare(struct fm_front *front, const struct fm_path *paths, size_t c
 	front->paths = calloc(count + 1, sizeof(*front->paths));
 	front->counts = calloc(count + 1, sizeof(*front->counts));
 	front->read_buffer = malloc(READ_BYTES);
-	if (!front->paths || !front->counts || !front->read_buffer || nghttp2_session_callbacks_new(&front->callbacks))
+	front->kept = fm_kept_new();
+	if (!front->paths || !front->counts || !front->read_buffer || !front->kept || nghttp2_session_callbacks_new(&front->callbacks))
 		return -1;
 	for (; front->path_count < count; front->path_count++) {
 		struct fm_path *path = &front->paths[front->path_count];
 
 		path->endless = paths[front->path_count].endless;
+		path->kept_by = paths[front->path_count].kept_by;
 		if (!(path->text = strdup(paths[front->path_count].text)))
 			return -1;
 	}
@@ -990,6 +1025,21 @@ struct fm_front *fm_front_start(int listening, const struct fm_path *paths, size
 		return NULL;
 	}
 	return front;
+}
+
+void fm_front_keep(struct fm_front *front, struct fm_text key, struct fm_text message)
+{
+	fm_kept_put(front->kept, key, message);
+}
+
+void fm_front_forget(struct fm_front *front, struct fm_text key)
+{
+	fm_kept_forget(front->kept, key);
+}
+
+void fm_front_forget_all(struct fm_front *front)
+{
+	fm_kept_forget_all(front->kept);
 }
 
 int fm_front_ready(const struct fm_front *front)

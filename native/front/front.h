@@ -76,7 +76,8 @@ struct fm_counts {
 
 struct fm_path {
 	char *text;
-	bool endless; /* no time is too long for it */
+	bool endless;	 /* no time is too long for it */
+	unsigned kept_by; /* the string of its message that is the key of answers that are kept; 0: none are */
 };
 
 struct fm_front;
@@ -102,6 +103,12 @@ void fm_front_reply(struct fm_front *front, struct fm_reply *first, struct fm_re
 void fm_front_flush(struct fm_front *front);
 /* Accept nobody more, send what was handed over for at most `grace_ms`, and let go of everything. */
 void fm_front_stop(struct fm_front *front, int grace_ms);
+
+/* Answer calls for `key`, on the path that has answers kept, with `message` until it is forgotten. */
+void fm_front_keep(struct fm_front *front, struct fm_text key, struct fm_text message);
+/* When this returns nobody is answered with it any more, but for calls that came before. */
+void fm_front_forget(struct fm_front *front, struct fm_text key);
+void fm_front_forget_all(struct fm_front *front);
 
 uint64_t fm_now_ns(void);
 /* As pthread_create, for a thread that takes no signal: these are for the threads of whoever starts us. */

@@ -52,23 +52,25 @@ static bool read_shape(const char *text, struct shape *shape)
 	return true;
 }
 
-/* A path is its text alone, or with its fields (None: the whole message), and whether it may take any time. */
+/* A path is its text alone, or with its fields (None: the whole message), whether it may take any time, and the number
+ * of the field that answers are kept by (0: none). */
 static bool read_path(PyObject *item, struct fm_path *path, struct shape *shape)
 {
 	const char *text, *fields = NULL;
 	int endless = 0;
+	unsigned kept_by = 0;
 
 	if (PyUnicode_Check(item)) {
 		text = PyUnicode_AsUTF8AndSize(item, NULL);
 	} else if (!PyTuple_Check(item)) {
-		PyErr_SetString(PyExc_TypeError, "a path is a str, or a tuple of three");
+		PyErr_SetString(PyExc_TypeError, "a path is a str, or a tuple of three or four");
 		return false;
-	} else if (!PyArg_ParseTuple(item, "szp:Front", &text, &fields, &endless)) {
+	} else if (!PyArg_ParseTuple(item, "szp|I:Front", &text, &fields, &endless, &kept_by)) {
 		return false;
 	}
 	if (!text)
 		return false;
-	*path = (struct fm_path){(char *)text, endless}; /* lives as long as the tuple */
+	*path = (struct fm_path){(char *)text, endless, kept_by}; /* lives as long as the tuple */
 	return !fields || read_shape(fields, shape);
 }
 
@@ -301,6 +303,33 @@ static PyObject *front_flush(PyObject *object, PyObject *ignored)
 	Py_RETURN_NONE;
 }
 
+static PyObject *front_keep(PyObject *object, PyObject *args)
+{
+	Front *self = (Front *)object;
+	const char *key, *message;
+	Py_ssize_t key_bytes, bytes;
+
+	if (!PyArg_ParseTuple(args, "s#y#:keep", &key, &key_bytes, &message, &bytes) || !is_open(self))
+		return NULL;
+	fm_front_keep(self->front, (struct fm_text){key, (size_t)key_bytes}, (struct fm_text){message, (size_t)bytes});
+	Py_RETURN_NONE;
+}
+
+static PyObject *front_forget(PyObject *object, PyObject *args)
+{
+	Front *self = (Front *)object;
+	const char *key = NULL;
+	Py_ssize_t bytes = 0;
+
+	if (!PyArg_ParseTuple(args, "|s#:forget", &key, &bytes) || !is_open(self))
+		return NULL;
+	if (key)
+		fm_front_forget(self->front, (struct fm_text){key, (size_t)bytes});
+	else
+		fm_front_forget_all(self->front);
+	Py_RETURN_NONE;
+}
+
 static PyObject *numbers_of(const uint64_t *values, size_t count)
 {
 	PyObject *tuple = PyTuple_New((Py_ssize_t)count);
@@ -429,6 +458,7 @@ static PyMethodDef methods[] = {
 	{"fileno", front_fileno, METH_NOARGS, NULL}, {"take", front_take, METH_NOARGS, NULL},
 	{"send", front_send, METH_VARARGS, NULL},    {"end", front_end, METH_VARARGS, NULL},
 	{"flush", front_flush, METH_NOARGS, NULL},   {"close", front_close, METH_VARARGS, NULL},
+	{"keep", front_keep, METH_VARARGS, NULL},    {"forget", front_forget, METH_VARARGS, NULL},
 	{"counts", front_counts, METH_VARARGS, NULL}, {"running", front_running, METH_NOARGS, NULL},
 	{NULL, NULL, 0, NULL},
 };

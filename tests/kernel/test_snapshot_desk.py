@@ -20,7 +20,7 @@ import pytest
 from flatmount.errors import FlatmountError, StoreError
 from flatmount.plan.facts import HostFacts
 from flatmount.snapshotter import ahead, book, desk
-from flatmount.snapshotter.model import REF_LABEL, Kind, SnapshotExists, SnapshotNotFound
+from flatmount.snapshotter.model import REF_LABEL, Kind, Mount, SnapshotExists, SnapshotNotFound
 from flatmount.snapshotter.snapshots import Snapshots
 from flatmount.snapshotter.trees import Trees
 from flatmount.store import Store
@@ -676,3 +676,70 @@ def test_a_full_ext4_of_a_gigabyte_is_emptied(tmp_path: Path, facts: HostFacts) 
         Store.open(str(place / "store"), create=True).close()
         asyncio.run(play())
         subprocess.run(["sync", "-f", place], check=True)
+
+
+class Kept(dict[str, Mount]):
+    """Answers that somebody else gives."""
+
+    def keep(self, key: str, mount: Mount) -> None:
+        self[key] = mount
+
+    def forget(self, *keys: str) -> None:
+        for key in keys or tuple(self):
+            self.pop(key, None)
+
+
+@pytest.mark.parametrize("mapping", [{}, RANGE])
+def test_an_answer_is_kept_for_as_long_as_it_is_right(
+    tmp_path: Path, facts: HostFacts, faults: Faults, mapping: dict[str, str]
+) -> None:
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            kept = Kept()
+            snapshots.keep_answers(kept)
+            await snapshots.create(Kind.ACTIVE, "layer", "", {})
+            assert kept.keys() == {"layer"}
+            faults.gate = threading.Event()
+            committing = asyncio.create_task(snapshots.commit("base", "layer", "", {}))
+            await soon(lambda: faults.writes >= 2)
+            assert kept == {}, "nobody is told of it while it is committed"
+            faults.gate.set()
+            await committing
+            with pytest.raises(SnapshotNotFound):
+                await snapshots.mounts("layer")
+            with pytest.raises(FlatmountError):
+                await snapshots.mounts("base")
+            assert kept == {}
+            for key in ("one", "two"):
+                mount = await snapshots.create(Kind.ACTIVE, key, "base", mapping)
+                if key in kept:  # the first of a range has it attached, and is answered after that
+                    assert kept[key] == mount
+                assert await snapshots.mounts(key) == kept[key] == mount
+            assert kept.keys() == {"one", "two"}
+            with pytest.raises(FlatmountError):
+                await snapshots.remove("base")
+            with pytest.raises(SnapshotExists):
+                await snapshots.create(Kind.ACTIVE, "one", "base", mapping)
+            assert kept.keys() == {"one", "two"}
+            faults.gate, writes = threading.Event(), faults.writes
+            removing = asyncio.create_task(snapshots.remove("one"))
+            await soon(lambda: faults.writes > writes)
+            assert kept.keys() == {"two"}
+            faults.gate.set()
+            await removing
+            faults.refused = lambda text: True
+            with pytest.raises(StoreError):
+                await snapshots.remove("two")
+            assert kept == {}
+            faults.refused = lambda text: False
+            assert await snapshots.mounts("two") == kept["two"]
+            faults.refused = lambda text: "'bad'" in text
+            with pytest.raises(StoreError):
+                await snapshots.create(Kind.ACTIVE, "bad", "base", {})
+            assert kept == {}, "nothing is believed after a refusal"
+            snapshots.keep_answers(None)
+            await snapshots.mounts("two")
+            await clear(snapshots)
+            assert kept == {}
+
+    asyncio.run(play())

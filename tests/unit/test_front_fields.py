@@ -129,3 +129,81 @@ def test_the_exposition_adds_up() -> None:
     assert 'flatmount_snapshotter_call_seconds_count{call="Mounts"} 8' in lines
     assert "Stat" not in text
     assert 'flatmount_snapshotter_trees{kind="x"} 4' in lines
+
+
+class Keeping(Behind):
+    """A front that has answers kept by the second field of its first call, and answers others with their field."""
+
+    paths = (("/test.Front/Echo", "2s", False, 2), ("/test.Front/Other", "2s", False))
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, lambda front, entry: front.send(entry[0], b"asked: " + entry[3][0].encode(), True))
+
+
+def keyed(key: str, snapshotter: str = "any") -> bytes:
+    return bytes(wire.CreateRequest(snapshotter=snapshotter, key=key).SerializeToString())
+
+
+def test_what_is_kept_is_answered_until_it_is_forgotten(tmp_path: Path) -> None:
+    with Keeping(tmp_path / "s") as behind, grpc.insecure_channel(f"unix:{tmp_path / 's'}") as channel:
+        call, other = (channel.unary_unary(path) for path in ("/test.Front/Echo", "/test.Front/Other"))
+
+        def told(key: str) -> bytes:
+            return bytes(call(keyed(key), timeout=20))
+
+        assert told("a") == b"asked: a"
+        behind.do(lambda front: front.keep("a", b"kept"))
+        behind.do(lambda front: front.keep("", b"for nobody"))
+        behind.do(lambda front: front.keep("\N{SNOWMAN}\0", b""))
+        taken = len(behind.calls)
+        assert [told("a"), told(""), told("\N{SNOWMAN}\0")] == [b"kept", b"for nobody", b""]
+        assert call(keyed("b") + keyed("a"), timeout=20) == b"kept", "the last of a field counts"
+        assert len(behind.calls) == taken, "nobody was asked"
+        assert [told("\N{SNOWMAN}"), told("aa"), other(keyed("a"), timeout=20)] == [
+            "asked: \N{SNOWMAN}".encode(),
+            b"asked: aa",
+            b"asked: a",
+        ]
+        with pytest.raises(grpc.RpcError, match="cannot be read"):
+            call(keyed("a") + b"\x12\x50", timeout=20)
+        behind.do(lambda front: front.keep("a", b"another"))
+        behind.do(lambda front: front.forget("b"))
+        assert told("a") == b"another"
+        behind.do(lambda front: front.forget("a"))
+        assert told("a") == b"asked: a"
+        assert told("") == b"for nobody"
+        behind.do(lambda front: front.forget())
+        assert told("") == b"asked: "
+        codes, within, _ = behind.do(lambda front: front.counts(0))
+        assert codes[0] == sum(within) - codes[13] == 11
+        assert behind.do(lambda front: front.running()) == 0
+
+
+def test_so_many_answers_are_kept_and_no_more(tmp_path: Path) -> None:
+    def keep(front: Front) -> None:
+        for number in range(65_537):
+            front.keep(str(number), str(number).encode())
+
+    with Keeping(tmp_path / "s") as behind:
+        behind.do(keep)
+        assert ask(tmp_path / "s", keyed("65535")) == b"65535"
+        assert ask(tmp_path / "s", keyed("65536")) == b"asked: 65536"
+        behind.do(lambda front: front.keep("7", b"seven"))
+        assert ask(tmp_path / "s", keyed("7")) == b"seven", "in the place of another one"
+        behind.do(lambda front: front.forget("7"))
+        behind.do(lambda front: front.keep("65536", b"room"))
+        assert ask(tmp_path / "s", keyed("65536")) == b"room"
+
+
+def test_keeping_and_forgetting_while_calls_go_on(tmp_path: Path) -> None:
+    """Each call is told one of the two, whole, and after it is forgotten nobody is told what was kept."""
+    with Keeping(tmp_path / "s") as behind, grpc.insecure_channel(f"unix:{tmp_path / 's'}") as channel:
+        call = channel.unary_unary("/test.Front/Echo")
+        for number in range(300):
+            kept = b"x" * (number * 37 % 5000)
+            futures = [call.future(keyed("key"), timeout=20) for _ in range(10)]
+            behind.do(lambda front, kept=kept: front.keep("key", kept))  # type: ignore[misc]
+            futures += [call.future(keyed("key"), timeout=20) for _ in range(10)]
+            assert {bytes(future.result()) for future in futures} <= {b"asked: key", kept}
+            behind.do(lambda front: front.forget("key"))
+            assert call(keyed("key"), timeout=20) == b"asked: key"

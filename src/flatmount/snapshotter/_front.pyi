@@ -5,17 +5,19 @@ from typing import Any
 class Front:
     """Serves `listening`, a listening stream socket that is its own from now on, on a thread of its own.
 
-    `paths` are the calls there are: each a path alone, or (path, fields, endless). Of a message with `fields`, as in
-    "1s 4m", only those are read: strings by number, and maps from strings to strings. A call that is not `endless` is
-    told DEADLINE_EXCEEDED after `most_s` seconds (0: never), or its client's own time if that is less, to within 50 ms.
-    What is no such call is answered with UNIMPLEMENTED, a request longer than `most_bytes` with RESOURCE_EXHAUSTED, and
-    one that cannot be read with INTERNAL. Belongs to one thread. Raises OSError where its own cannot be made.
+    `paths` are the calls there are: each a path alone, or (path, fields, endless, kept_by). Of a message with `fields`,
+    as in "1s 4m", only those are read: strings by number, and maps from strings to strings. A call that is not
+    `endless` is told DEADLINE_EXCEEDED after `most_s` seconds (0: never), or its client's own time if that is less, to
+    within 50 ms. Calls of a path with `kept_by` are answered by the front itself where `keep` was told the answer for
+    the string of that number. What is no such call is answered with UNIMPLEMENTED, a request longer than `most_bytes`
+    with RESOURCE_EXHAUSTED, and one that cannot be read with INTERNAL. Belongs to one thread. Raises OSError where its
+    own cannot be made.
     """
 
     def __new__(
         cls,
         listening: int,
-        paths: tuple[str | tuple[str, str | None, bool], ...],
+        paths: tuple[str | tuple[str, str | None, bool] | tuple[str, str | None, bool, int], ...],
         most_bytes: int,
         most_s: float = 0,
     ) -> Front: ...
@@ -34,6 +36,12 @@ class Front:
 
     def flush(self) -> None:
         """Send what was answered since the last flush."""
+
+    def keep(self, key: str, message: bytes) -> None:
+        """Answer calls for `key`, on paths that have answers kept, with `message` from now on; at most 65,536 keys."""
+
+    def forget(self, key: str = ...) -> None:
+        """Answer calls for `key` with nothing that was kept, or for any key; calls that came before may have been."""
 
     def running(self) -> int:
         """How many calls were handed over whose clients have not been told the end of."""

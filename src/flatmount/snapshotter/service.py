@@ -87,10 +87,11 @@ class _Way:
     """How one call of the interface is answered.
 
     `begin` gets the call's number and its fields. It answers by itself, now or later, or returns a coroutine whose
-    result `answer` makes the answer of; of one that `streams`, which sends what there is, only the end.
+    result `answer` makes the answer of; of one that `streams`, which sends what there is, only the end. With `kept_by`,
+    the number of a field, the front gives answers that are kept for its string.
     """
 
-    __slots__ = ("answer", "begin", "fields", "name", "path", "streams")
+    __slots__ = ("answer", "begin", "fields", "kept_by", "name", "path", "streams")
 
     def __init__(
         self,
@@ -100,7 +101,9 @@ class _Way:
         answer: Callable[[Any], bytes] = bytes,
         *,
         streams: bool = False,
+        kept_by: int = 0,
     ) -> None:
+        self.kept_by = kept_by
         self.path = path
         self.name = path.rpartition("/")[2]
         self.fields = fields
@@ -126,7 +129,7 @@ class Service:
         create, of_key = "2s 3s 4m", "2s"
         self._ways = (
             _Way(own + "Prepare", create, self._prepare, _mounts),
-            _Way(own + "Mounts", of_key, self._mounts, _mounts),
+            _Way(own + "Mounts", of_key, self._mounts, _mounts, kept_by=2),
             _Way(own + "Remove", of_key, self._remove, _nothing),
             _Way(own + "View", create, self._view, _mounts),
             _Way(own + "Commit", "2s 3s 5s 4m", self._commit, _nothing),
@@ -142,9 +145,10 @@ class Service:
     def serve(self, listening: socket.socket) -> None:
         """Answer whoever connects to `listening`, which is the service's from now on. Raises: OSError."""
         self._loop = asyncio.get_running_loop()
-        paths = tuple((way.path, way.fields, way.name == "Watch") for way in self._ways)
+        paths = tuple((way.path, way.fields, way.name == "Watch", way.kept_by) for way in self._ways)
         self._front = Front(listening.fileno(), paths, _MOST_REQUEST_BYTES, self._deadline_s)
         listening.detach()
+        self._snapshots.keep_answers(self)
         self._loop.add_reader(self._front.fileno(), self._take)
 
     async def close(self, grace_s: float) -> None:
@@ -159,6 +163,7 @@ class Service:
             await asyncio.sleep(0.01)
         self._flush()
         self._front = None
+        self._snapshots.keep_answers(None)
         self._loop.remove_reader(front.fileno())
         await asyncio.to_thread(front.close, _CLOSE_MS)
 
@@ -170,6 +175,21 @@ class Service:
             codes, within, seconds = self._front.counts(place)
             named = {_NAMES.get(code, str(code)): count for code, count in enumerate(codes) if count}
             yield Answered(way.name, named, within, seconds)
+
+    # What the front may say without us.
+
+    def keep(self, key: str, mount: Mount) -> None:
+        """Answer Mounts for `key` with this until it is forgotten."""
+        if self._front is not None:
+            self._front.keep(key, _mounts(mount))
+
+    def forget(self, *keys: str) -> None:
+        """What is kept for these keys, or without any for all, is nobody's answer any more."""
+        if self._front is not None:
+            for key in keys:
+                self._front.forget(key)
+            if not keys:
+                self._front.forget()
 
     # From the front, and back.
 

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from flatmount.errors import FlatmountError, InUse, StoreError
 from flatmount.plan.facts import HostFacts
@@ -66,6 +66,14 @@ _STUCK_S = 5.0
 HELPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kernel", "flatmount-assemble")
 
 
+class Keeps(Protocol):
+    """Whoever can answer `mounts` for us, and does for a key from `keep` to `forget`, which without keys is for all."""
+
+    def keep(self, key: str, mount: Mount) -> None: ...
+
+    def forget(self, *keys: str) -> None: ...
+
+
 @dataclass(slots=True)
 class _Copy:
     """The number of the directory that a commit enters, and whether the book may have it."""
@@ -104,6 +112,7 @@ class Snapshots:
         self.flattening = Flattening(self._flatten_now, flatten_after_s)
         self._answers = Answers(disk.data, run, facts, HELPER, self.flattening, self._in_pool)
         self.ranges, self.roots = self._answers.ranges, self._answers.roots
+        self._keeps: Keeps | None = None
         self._synced = Shared(lambda: self._in_pool(self._trees.sync))
 
     # Life.
@@ -120,7 +129,7 @@ class Snapshots:
                 f"another snapshotter serves the store at {self._disk.root}", hint="stop it, or name another --root"
             ) from None
         path, self._reserve = os.path.join(self._disk.base, "state.db"), Reserve(self._disk.base)
-        self._desk = Desk(path, self._disk.data_fd, self._reserve, self._trees, self._turns.refuse, self._made_ahead)
+        self._desk = Desk(path, self._disk.data_fd, self._reserve, self._trees, self._refuse, self._made_ahead)
         self._ahead = Ahead(self._trees, self._desk.numbers, self._desk.make_ahead, self._roomy)
         await self._read_again()
         entries = list(self._index)
@@ -161,6 +170,10 @@ class Snapshots:
         self.roots.close()
         os.close(self._lock_fd)
 
+    def keep_answers(self, keeps: Keeps | None) -> None:
+        """Have somebody answer `mounts` where nothing has to be done for it."""
+        self._keeps = keeps
+
     # Requests.
 
     def create_soon(self, kind: Kind, key: str, parent: str, labels: Labels[str, str], done: Done) -> bool:
@@ -191,7 +204,7 @@ class Snapshots:
 
         def entered(error: BaseException | None) -> None:
             if self._index is not index:
-                self._turns.refuse()  # it may have been read before this was written
+                self._refuse()  # it may have been read before this was written
             if error is not None:
                 if self._stands(index):
                     index.remove(key)
@@ -224,6 +237,7 @@ class Snapshots:
             raise Precondition(f"snapshot {key!r} is neither active nor a view")
         ready = self._answers.at_once(entry)
         if ready is not None:
+            self._keep(key, ready)
             done(ready)
         else:
             self._held[key] = deque()
@@ -243,6 +257,7 @@ class Snapshots:
         if self._turns.stale or key in self._held:
             return False
         gone = self._index.remove(key).snapshot
+        self._forget(key)
         self._held[key] = deque()
 
         def removed(error: BaseException | None) -> None:
@@ -278,6 +293,7 @@ class Snapshots:
 
     async def _commit(self, name: str, key: str, parent: str, labels: Labels[str, str]) -> None:
         async with self._turns.locked(key, name):
+            self._forget(key)
             active = self._index.find(key).snapshot
             on = self._index.check_commit(key, name, parent)
             if active.unpacked:
@@ -312,14 +328,14 @@ class Snapshots:
                 # Nobody stands on it before it is there for good.
                 await self._desk.durable()
             except BaseException as error:
-                self._turns.refuse()  # the book may have it
+                self._refuse()  # the book may have it
                 if isinstance(error, StoreError):
                     self._start(self._let_go_if_gone(active))
                 raise
             if self._stands(index):
                 index.commit(key, made)
             else:
-                self._turns.refuse()  # it may have been read before this was written
+                self._refuse()  # it may have been read before this was written
             return made
 
     @asynccontextmanager
@@ -410,6 +426,19 @@ class Snapshots:
     async def _in_turn(self, key: str, begin: Callable[[Done], bool]) -> Any:
         return await self._turns.in_turn(key, begin, self._ahead.more)
 
+    def _refuse(self) -> None:
+        self._turns.refuse()
+        if self._keeps is not None:
+            self._keeps.forget()
+
+    def _keep(self, key: str, mount: Mount) -> None:
+        if self._keeps is not None:
+            self._keeps.keep(key, mount)
+
+    def _forget(self, key: str) -> None:
+        if self._keeps is not None:
+            self._keeps.forget(key)
+
     def _made_ahead(self, count: int, error: int) -> None:
         self._ahead.made(count, error)
 
@@ -431,6 +460,7 @@ class Snapshots:
         ready = self._answers.at_once(entry)
         if ready is not None:
             self._turns.release(key)
+            self._keep(key, ready)
             done(ready)
             return
 
