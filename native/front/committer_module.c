@@ -87,7 +87,7 @@ struct texts {
 
 static bool add_text(struct texts *texts, const char *text, size_t bytes)
 {
-	if (texts->bytes + bytes > texts->room) {
+	if (!texts->at || texts->bytes + bytes > texts->room) {
 		size_t room = 2 * (texts->bytes + bytes) + 4096;
 		char *more = realloc(texts->at, room);
 

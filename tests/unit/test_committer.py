@@ -83,8 +83,10 @@ def test_directories_and_rows_are_there_when_it_says_so(place: Place) -> None:
 def test_values_are_what_they_were(place: Place) -> None:
     committer = place.new()
     values = [("", 0, None), ("\0x", -(1 << 63), "\0"), ("x" * 100_000, (1 << 63) - 1, ""), ("y", True, "\U0001f40b")]
-    committer.submit([], ([], values))
-    assert wait(committer) is None
+    # Of a batch without a letter as well.
+    for rows in values[:1], values[1:]:
+        committer.submit([], ([], rows))
+        assert wait(committer) is None
     for rows in ([("z", 1 << 63, None)], [("z", 1, "\udcff")], [("z", 1.5, None)], [("z", 1), ("z", 1, None)], ["z"]):
         with pytest.raises((OverflowError, UnicodeEncodeError, TypeError, ValueError)):
             committer.submit([], ([], rows))  # type: ignore[arg-type]
