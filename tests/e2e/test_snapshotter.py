@@ -411,6 +411,9 @@ def test_a_call_that_takes_too_long_is_told_so_and_goes_on(tmp_path: Path) -> No
     class Stuck:
         done = False
 
+        def keep_answers(self, keeps: object) -> None:
+            pass
+
         def remove_soon(self, key: str, done: object) -> bool:
             return False
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flatmount.errors import StoreError
+from flatmount.errors import FlatmountError, StoreError
 from flatmount.plan.facts import HostFacts
 from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter import trees
@@ -161,4 +161,37 @@ def test_of_a_burst_in_one_range_one_attaches_its_tree(
             await clear(snapshots)
 
     monkeypatch.setattr(Ranges, "acquire", acquiring)
+    asyncio.run(play())
+
+
+def test_a_tree_that_cannot_be_attached_is_told_to_all_who_wait_for_it_and_tried_again(
+    tmp_path: Path, facts: HostFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = [True]
+    asked: list[int] = []
+    attach = Ranges._attach
+
+    def attaching(self: Ranges, mapping: Mapping, path: str) -> None:
+        asked.append(1)
+        if refused[0]:
+            raise FlatmountError("no user namespace")
+        attach(self, mapping, path)
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            await snapshots.create(Kind.ACTIVE, "base", "", {})
+            await snapshots.commit("image", "base", "", {})
+            keys = [f"c-{number}" for number in range(20)]
+            creating = (snapshots.create(Kind.ACTIVE, key, "image", RANGE) for key in keys)
+            results = await asyncio.gather(*creating, return_exceptions=True)
+            assert {str(result) for result in results} == {"no user namespace"}
+            assert len(asked) < 5, "not once for each of them"
+            refused[0] = False
+            mounts = await asyncio.gather(*(snapshots.mounts(key) for key in keys))
+            assert len({word for mount in mounts for word in mount.options if word.startswith("lowerdir=")}) == 1
+            assert snapshots.ranges.attached == 1
+            await clear(snapshots)
+            assert snapshots.ranges.attached == 0
+
+    monkeypatch.setattr(Ranges, "_attach", attaching)
     asyncio.run(play())

@@ -11,7 +11,6 @@ from typing import Any
 
 from flatmount.errors import FlatmountError
 from flatmount.plan.facts import HostFacts
-from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter.flattening import Flattening
 from flatmount.snapshotter.forms import bind_answer, helper_answer, helper_plan, lowers_of, plain_answer
 from flatmount.snapshotter.index import Entry
@@ -88,7 +87,7 @@ class Answers:
         snapshot, data, mapping = entry.snapshot, self._data, entry.snapshot.mapping
         tree = data
         if mapping is not None and snapshot.form is Form.OVERLAY:
-            tree = await self._attached(snapshot.number, mapping)
+            tree = await self._in_pool(lambda: self.ranges.acquire(snapshot.number, mapping))
         lowers = lowers_of(entry.parents, self._flattening.flats)
         if _too_long(tree, lowers):
             await self._flattening.now(entry.parents)
@@ -102,18 +101,23 @@ class Answers:
             return helper_answer(self._helper, plan)
         return plain_answer(snapshot, lowers, data=data, tree=tree)
 
-    async def _attached(self, number: int, mapping: Mapping) -> str:
-        """The tree of a range. A burst of containers in one range has one of them attach it, and the others wait."""
+    def attaching(self, entry: Entry) -> asyncio.Future[str] | None:
+        """The attaching of the tree that `at_once` lacks for an entry, begun now if it was not.
+
+        A burst of containers in one range has one of them attach it, and the others wait. None where it is not lacking.
+        """
+        snapshot, mapping = entry.snapshot, entry.snapshot.mapping
+        if mapping is None or snapshot.form is not Form.OVERLAY:
+            return None
+        if self.ranges.acquire_attached(snapshot.number, mapping) is not None:
+            return None
         name = range_name(mapping)
-        while (tree := self.ranges.acquire_attached(number, mapping)) is None:
-            attaching = self._attaching.get(name)
-            if attaching is None:
-                attaching = asyncio.ensure_future(self._in_pool(lambda: self.ranges.acquire(number, mapping)))
-                self._attaching[name] = attaching
-                attaching.add_done_callback(lambda done: self._attaching.pop(name))
-                return str(await asyncio.shield(attaching))
-            await asyncio.wait([attaching])
-        return tree
+        attaching = self._attaching.get(name)
+        if attaching is None:
+            attaching = asyncio.ensure_future(self._in_pool(lambda: self.ranges.acquire(snapshot.number, mapping)))
+            self._attaching[name] = attaching
+            attaching.add_done_callback(lambda done: self._attaching.pop(name))
+        return attaching
 
     def let_go_at_once(self, gone: Snapshot) -> bool:
         """Whether nothing stands for a snapshot that must be taken off, or others need it as well."""

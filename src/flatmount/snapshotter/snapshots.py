@@ -23,7 +23,7 @@ from collections.abc import Mapping as Labels
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 from flatmount.errors import FlatmountError, InUse, StoreError
@@ -463,6 +463,10 @@ class Snapshots:
             self._keep(key, ready)
             done(ready)
             return
+        attaching = self._answers.attaching(entry)
+        if attaching is not None:
+            attaching.add_done_callback(partial(self._attached, entry, done))
+            return
 
         async def answer() -> None:
             result: Mount | Exception
@@ -475,6 +479,16 @@ class Snapshots:
             done(result)
 
         self._start(answer())
+
+    def _attached(self, entry: Entry, done: Done, attaching: asyncio.Future[str]) -> None:
+        if attaching.cancelled():
+            return  # the service ends
+        error = attaching.exception()
+        if error is None:
+            self._answer_soon(entry, done)
+        else:
+            self._turns.release(entry.snapshot.info.name)
+            done(error)
 
     async def _let_go(self, gone: Snapshot) -> None:
         if not self._answers.let_go_at_once(gone):
