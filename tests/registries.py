@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flatmount.image.layer_tar import LayerTar
 from tests.fake_registry import INDEX, FakeRegistry
+from tests.waiting import until
 
 # perl -e 'print crypt("secret", q($2y$05$abcdefghijklmnopqrstuu))'
 SECRET = "me:$2y$05$abcdefghijklmnopqrstuuOQiyCxlgf/oeuTqixKmWdcYUh4Hjl0a\n"
@@ -89,16 +90,17 @@ def start(place: Path, auth: str = "") -> tuple[int, str]:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()
             return pid, f"127.0.0.1:{port}"
         except OSError:
-            assert is_running(pid)
+            assert not is_over(pid)
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
 
-def is_running(pid: int) -> bool:
+def is_over(pid: int) -> bool:
+    """Whether it has ended. Not by its name: before it is executed it has its parent's."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip() == "docker-registry"[:15]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
-        return False
+        return True
 
 
 @contextmanager
@@ -109,10 +111,7 @@ def registry_process(place: Path, auth: str = "") -> Iterator[str]:
         yield host
     finally:
         os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while is_running(pid):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        until(lambda: is_over(pid))
 
 
 @contextmanager

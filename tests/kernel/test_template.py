@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -16,18 +15,12 @@ from flatmount.kernel.mounts import mount_count, read_table
 from flatmount.kernel.probes import probe
 from flatmount.plan.operations import Mount, MountFlag, MountPlan
 from flatmount.runtime.template import MOST_MOUNTS, make, mount_point
+from tests.waiting import until_named
 
 
 def inside(fd: int, *command: str) -> str:
     call = ["nsenter", f"--mount=/proc/self/fd/{fd}", *command]
     return subprocess.run(call, pass_fds=[fd], capture_output=True, text=True, check=True).stdout
-
-
-def until_named(pid: int, name: str) -> None:
-    deadline = time.monotonic() + 20
-    while Path(f"/proc/{pid}/comm").read_text() != name:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_it_holds_little_however_much_the_host_does(ram: Path) -> None:
@@ -120,7 +113,7 @@ def test_a_process_that_took_the_name_is_not_the_kernels_thread(ram: Path) -> No
     (ram / "kdevtmpfs").symlink_to("/bin/sleep")
     with subprocess.Popen([ram / "kdevtmpfs", "100"]) as process:
         try:
-            until_named(process.pid, "kdevtmpfs\n")
+            until_named(process.pid, "kdevtmpfs")
             assert namespaces.kernel_thread("kdevtmpfs", [process.pid]) is None
         finally:
             process.kill()

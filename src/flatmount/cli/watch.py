@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 
 from flatmount.cli.profile import seconds_of
@@ -85,9 +85,14 @@ def _tell(sample: Sample, args: argparse.Namespace, latest: _Latest, screen: Scr
         latest.text = prometheus(sample)
     if args.textfile:
         draft = f"{args.textfile}.{os.getpid()}"
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(latest.text)
-        os.replace(draft, args.textfile)
+        try:
+            with open(draft, "w", encoding="utf-8") as file:
+                file.write(latest.text)
+            os.replace(draft, args.textfile)
+        except BaseException:  # a signal ends us at any line
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
+            raise
     if args.jsonl:
         json.dump(sample.to_json(), sys.stdout)
         sys.stdout.write("\n")
