@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +21,11 @@ from flatmount.observe.doctor.findings import Finding, Severity
 from flatmount.observe.doctor.gather import gather, largest_peers
 from flatmount.observe.doctor.snapshotters import containerd_here, find_snapshotter
 from flatmount.observe.doctor.software import try_idmap
-from flatmount.observe.processes import name_of, scan
+from flatmount.observe.processes import scan
 from flatmount.observe.tiny_image import write_tiny_image
 from flatmount.plan.operations import Mount, MountFlag, MountPlan
 from flatmount.store import Store
+from tests.waiting import until, until_named
 
 MANY = 20_000
 MANY_MORE = 50_000 if os.environ.get("FLATMOUNT_SOAK") else 5_000
@@ -65,7 +65,7 @@ def test_leaked_mounts_that_a_foreign_namespace_holds(ram: Path) -> None:
         point.mkdir()
         subprocess.run(["mount", "--bind", ram, point], check=True)
     with subprocess.Popen(["unshare", "-m", "sleep", "60"]) as holder:
-        time.sleep(0.3)
+        until_named(holder.pid, "sleep")
         for point in points:
             subprocess.run(["umount", point], check=True)
         try:
@@ -80,8 +80,8 @@ def test_leaked_mounts_that_a_foreign_namespace_holds(ram: Path) -> None:
 def test_a_busy_watcher() -> None:
     program = "import os\nf = os.open('/proc/self/mountinfo', 0)\nwhile True: os.lseek(f, 0, 0), os.read(f, 1 << 20)"
     with subprocess.Popen([sys.executable, "-c", program]) as watcher:
-        time.sleep(0.3)
         try:
+            until(lambda: scan(deadline_s=5, wanted=[watcher.pid])[0][0].watches)
             findings = diagnose(gather())
         finally:
             watcher.kill()
@@ -111,15 +111,21 @@ def test_a_per_layer_storm_under_way(ram: Path) -> None:
     environment = {**os.environ, "FLATMOUNT_RUN": str(ram / "run")}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as storm:
         try:
-            time.sleep(3)
+            # While it prepares, and between two rounds, there is nothing to see.
+            until(lambda: assembling(storm.pid))
             assert storm.poll() is None
-            findings = diagnose(gather())
         finally:
             storm.terminate()
             storm.communicate(timeout=60)
-    named = [one for one in findings if one.id == "per-layer-assembly" and f"[{storm.pid}]" in one.evidence[0]]
-    assert len(named) == 1
-    assert named[0].severity is Severity.CRITICAL
+
+
+def assembling(pid: int) -> bool:
+    """Whether the doctor sees that process mount layer by layer in one look."""
+    findings = diagnose(gather())
+    named = [one for one in findings if one.id == "per-layer-assembly" and f"[{pid}]" in one.evidence[0]]
+    assert len(named) <= 1
+    assert all(one.severity is Severity.CRITICAL for one in named)
+    return bool(named)
 
 
 def test_only_binaries_that_nobody_else_can_have_put_there_are_executed(
@@ -141,6 +147,7 @@ def test_only_binaries_that_nobody_else_can_have_put_there_are_executed(
         executed.clear()
         with subprocess.Popen([program, "60"], user=user) as running:
             try:
+                until_named(running.pid, "podman")
                 processes, _ = scan(deadline_s=5, wanted=[running.pid])
                 assert [process.name for process in processes] == ["podman"]
                 with monkeypatch.context() as patched:
@@ -167,9 +174,7 @@ def test_the_containerd_whose_configuration_is_read(kubelet: Path) -> None:
     def found(user: int, *before: str) -> bool:
         with subprocess.Popen([*before, program, "60"], user=user, stdout=subprocess.DEVNULL) as running:
             try:
-                deadline = time.monotonic() + 10
-                while name_of(running.pid) != "containerd":
-                    assert time.monotonic() < deadline
+                until_named(running.pid, "containerd")
                 return containerd_here(scan(deadline_s=5, wanted=[running.pid])[0]) == running.pid
             finally:
                 running.kill()

@@ -18,6 +18,7 @@ from flatmount.observe.leak_results import Found, Kind
 from flatmount.observe.leaks import LAYER_WORK_S, clean, find_leaks
 from flatmount.observe.owners import Owner
 from flatmount.report.leaks import as_data, render_leaks
+from tests.waiting import until_named
 
 COUNT = 50
 
@@ -31,6 +32,8 @@ def process_in_a_copy(*options: str) -> Iterator[int]:
         assert holder.stdout
         holder.stdout.readline()
         try:
+            if "--pid" not in options:
+                until_named(holder.pid, "sleep")
             yield holder.pid
         finally:
             holder.kill()
@@ -192,7 +195,7 @@ def test_an_assembly_under_way_is_no_leak(ram: Path) -> None:
     script += " umount ovl-idmapped$i; done"
     with subprocess.Popen(["sh", "-c", script], start_new_session=True) as busy:
         try:
-            found = find_leaks(apart_s=0.3)
+            found = find_leaks(apart_s=2)
         finally:
             os.killpg(busy.pid, signal.SIGKILL)
     assert of(ram, found) == []

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,7 @@ from own_namespace import (
 from flatmount.errors import FlatmountError, MissingFeature
 from flatmount.kernel import mounts
 from flatmount.kernel.mounts import EventCounts, MountAttributes, MountEvents, TableSource
+from tests.waiting import until
 
 needs_statmount = pytest.mark.skipif(
     mounts.table_source() is not TableSource.STATMOUNT, reason="this kernel has no complete statmount (6.13)"
@@ -226,13 +226,18 @@ def test_following_the_table_counts_its_changes(dirs: list[str]) -> None:
     followed: list[mounts.FollowedTable] = []
     reader = threading.Thread(target=lambda: followed.append(mounts.follow_mountinfo(mountinfo, stop_read)))
     reader.start()
+
+    def read_bytes() -> int:
+        return int(Path(f"/proc/self/task/{reader.native_id}/io").read_text().split()[1])
+
     try:
         for path in dirs:
+            due = read_bytes() + len(Path("/proc/thread-self/mountinfo").read_bytes())
             mount("t", path, "tmpfs")
-            time.sleep(0.02)
+            until(lambda due=due: read_bytes() >= due)
     finally:
         os.close(stop_write)
-        reader.join(10)
+        reader.join(60)
         os.close(mountinfo)
         os.close(stop_read)
     (result,) = followed
@@ -254,7 +259,7 @@ def test_a_process_dies_with_its_parent() -> None:
             process.kill()
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
-            assert poll.poll(5000), "the child outlived its parent"
+            assert poll.poll(60_000), "the child outlived its parent"
         finally:
             os.close(pidfd)
 

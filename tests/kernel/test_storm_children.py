@@ -19,12 +19,17 @@ from flatmount.kernel.mounts import mount_count
 from flatmount.storm.child import Child
 from flatmount.storm.probe import HealthProbe
 from flatmount.storm.watcher import Watchers, WatcherTotals
+from tests.waiting import until
 
 
 def children() -> set[int]:
     """Processes that this test's thread started and that were not waited for."""
     with open("/proc/thread-self/children") as file:
         return set(map(int, file.read().split()))
+
+
+def bytes_read(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/io").read_text().split()[1])
 
 
 def wait_until_gone(pids: list[int]) -> None:
@@ -36,23 +41,29 @@ def wait_until_gone(pids: list[int]) -> None:
         try:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
-            assert poll.poll(10_000), f"process {pid} is still there"
+            assert poll.poll(60_000), f"process {pid} is still there"
         finally:
             os.close(pidfd)
 
 
 def test_the_probe_has_ten_rounds_and_fifty_samples_a_second() -> None:
     with HealthProbe() as probe:
-        start = time.monotonic_ns()
-        time.sleep(1.0)
-        end = time.monotonic_ns()
-        window = probe.between(start, end)
-    assert 9 <= len(window.rounds) <= 12
-    assert 20 <= len(window.mounts) <= 55
-    assert all(0 <= at <= (end - start) / 1e9 for at, _ in (*window.rounds, *window.mounts))
-    assert all(0 < ms < 1000 for _, ms in window.rounds)
-    due = [at for at, _ in window.rounds]
-    assert all(later - sooner == pytest.approx(0.1, abs=1e-6) for sooner, later in pairwise(due))
+        for _ in range(30):
+            start = time.monotonic_ns()
+            time.sleep(1.0)
+            end = time.monotonic_ns()
+            window = probe.between(start, end)
+            seconds = (end - start) / 1e9
+            assert all(0 <= at <= seconds for at, _ in (*window.rounds, *window.mounts))
+            assert all(0 < ms < 60_000 for _, ms in window.rounds)
+            due = [at for at, _ in window.rounds if at > 0]  # others were due before, and late
+            assert int(seconds * 10) <= len(due) <= int(seconds * 10) + 1
+            assert all(later - sooner == pytest.approx(0.1, abs=1e-6) for sooner, later in pairwise(due))
+            assert len(window.mounts) <= seconds * 50 + 5
+            if len(window.mounts) >= 20:  # a busy machine misses some
+                break
+        else:
+            pytest.fail("no second has half of its samples")
     assert not children()
 
 
@@ -61,39 +72,44 @@ def test_the_probe_sees_the_table_of_the_thread_that_started_it(tmp_path: Path) 
     before = mount_count()
     with HealthProbe() as probe:
         start = time.monotonic_ns()
+
+        def seen() -> list[int]:
+            return [count for _, count in probe.between(start, time.monotonic_ns()).mounts]
+
         mount("t", str(tmp_path), "tmpfs")
-        time.sleep(0.2)
+        until(lambda: before + 1 in seen())
         umount(str(tmp_path))
-        time.sleep(0.2)
-        window = probe.between(start, time.monotonic_ns())
-    assert {count for _, count in window.mounts} <= {before, before + 1}
-    assert before + 1 in {count for _, count in window.mounts}
-    assert window.mounts[-1][1] == before
+        until(lambda: seen()[-1] == before)
+        assert set(seen()) <= {before, before + 1}
 
 
 def test_a_stall_counts_in_every_round_that_had_to_wait() -> None:
     with HealthProbe() as probe:
         (pid,) = children()
-        start = time.monotonic_ns()
         os.kill(pid, signal.SIGSTOP)
+        until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        start = time.monotonic_ns()
         time.sleep(0.75)
+        stalled_ms = (time.monotonic_ns() - start) / 1e6
         os.kill(pid, signal.SIGCONT)
         window = probe.between(start, start + 700_000_000)
-    late = [ms for _, ms in window.rounds]
-    assert len(late) >= 6
+    late = [(at, ms) for at, ms in window.rounds if at > 0]
+    assert len(late) == 7
     # The first round waited for nearly the whole stall, each later one for a tenth of a second less.
-    assert late[0] > 500
-    assert sum(ms > 100 for ms in late) >= 5
-    assert late[0] - late[4] == pytest.approx(400, abs=150)
+    assert late[0][0] <= 0.1
+    assert all(ms >= stalled_ms - at * 1000 for at, ms in late)
+    assert all(sooner[1] - later[1] <= 101 for sooner, later in pairwise(late))
 
 
 @in_own_namespace
 def test_watchers_read_the_table_again_at_changes_and_say_what_it_cost(tmp_path: Path) -> None:
     with Watchers(2) as watchers:
+        pids, table = children(), Path("/proc/thread-self/mountinfo").read_bytes()
         for _ in range(20):
+            due = {pid: bytes_read(pid) + len(table) for pid in pids}
             mount("t", str(tmp_path), "tmpfs")
             umount(str(tmp_path))
-            time.sleep(0.01)
+            until(lambda due=due: all(bytes_read(pid) >= due[pid] for pid in pids))
         totals = watchers.stop()
     assert 2 * 10 <= totals.rereads <= 2 * 40
     assert totals.entries >= totals.rereads * (mount_count() - 1)
