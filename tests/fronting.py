@@ -25,10 +25,11 @@ import pytest
 
 from flatmount.snapshotter._front import Front
 from tests import frames
+from tests.waiting import listens
 
 PATHS = ("/test.Front/Echo", "/test.Front/Other")
 ECHO, OTHER = PATHS
-WAIT_S = 20
+WAIT_S = 60
 MOST_BYTES = 5 << 20
 POST, GET, HTTP = b"\x83", b"\x82", b"\x86"  # HPACK's static table
 
@@ -264,7 +265,7 @@ def as_process(path: Path, **environment: str) -> Iterator[Callable[[], tuple[in
             return ended[0]
 
         try:
-            until(lambda: path.exists() or process.poll() is not None)
+            until(lambda: listens(path) or process.poll() is not None)
             yield end
         finally:
             if process.poll() is None and not ended:

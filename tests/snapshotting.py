@@ -18,9 +18,11 @@ from flatmount.snapshotter.ahead import READY
 from flatmount.snapshotter.service import HEALTH, SERVICE
 from flatmount.snapshotter.wire import snapshots_pb2 as wire
 from tests.kernel import own_namespace
+from tests.waiting import until
 
 MS_RDONLY, MS_REMOUNT = 1, 32
-START_S = 30
+START_S = 60
+STOP_S = 15  # half of what a call may take by itself: a stop waits for none
 
 
 class Refused(Exception):
@@ -113,13 +115,26 @@ def kept_trees(snapshots: Path) -> set[str]:
     """The directories of a store's snapshots, without the empty ones that the service makes ahead, this moment even."""
     kept, ahead = set(), 0
     for top in tuple(snapshots.iterdir()):
-        inner = {path.name: any(path.iterdir()) for path in top.iterdir()}
+        try:
+            inner = {path.name: any(path.iterdir()) for path in top.iterdir()}
+        except FileNotFoundError:
+            continue  # it is being deleted
         if inner.keys() <= {"fs", "work"} and not any(inner.values()):
             ahead += 1
         else:
             kept.add(top.name)
     assert ahead <= 2 * READY, "some of them are containers that have written nothing"
     return kept
+
+
+def empty(daemon: Daemon, client: Client) -> None:
+    """Clean up until no file of a removed snapshot is there; one whose flat tree is made this moment is spared."""
+
+    def cleaned() -> bool:
+        client.cleanup()
+        return not kept_trees(daemon.data / "snapshots")
+
+    until(cleaned)
 
 
 @dataclass
@@ -170,7 +185,7 @@ class Daemon:
         assert self.process is not None
         begun = time.monotonic()
         self.process.send_signal(number)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
         return time.monotonic() - begun
 
     def client(self) -> Client:

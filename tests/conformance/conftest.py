@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from flatmount.kernel.namespaces import enter_private_mounts
-from tests.snapshotting import Client, Daemon, kept_trees, own_mounts, serving
+from tests.snapshotting import Client, Daemon, empty, own_mounts, serving
 
 FORMS = ("overlay", "bind", "helper")
 
@@ -39,6 +39,6 @@ def client(daemon: Daemon) -> Iterator[Client]:
         yield connected
         connected.clear()
         assert own_mounts(daemon) == []
-        assert kept_trees(daemon.data / "snapshots") == set()
+        empty(daemon, connected)
         for place in ("trash", "staging"):
             assert os.listdir(daemon.data / place) == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tests.snapshotting import Client, Daemon, Refused, kept_trees, mounted, own_mounts
+from tests.snapshotting import Client, Daemon, Refused, empty, mounted, own_mounts
 
 RANGE = "0:500000:65536"
 Layer = Callable[[Path], None]
@@ -58,9 +58,8 @@ def test_remove_after_commit(client: Client, daemon: Daemon, chain: Callable[...
     assert refused.value.code is grpc.StatusCode.NOT_FOUND
     client.remove(top)
     client.remove("layer-0")
-    client.cleanup()
+    empty(daemon, client)
     assert client.names() == set()
-    assert kept_trees(daemon.data / "snapshots") == set()
     assert os.listdir(daemon.data / "trash") == []
 
 

@@ -7,9 +7,10 @@ import random
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -21,7 +22,7 @@ from flatmount.snapshotter.wire import snapshots_pb2 as wire
 from tests.conftest import SOAK
 from tests.disks import cut_power, mounted_disk, new_disk
 from tests.kernel import own_namespace
-from tests.snapshotting import Daemon, Refused, commit_layers, mounted, own_mounts, serving
+from tests.snapshotting import STOP_S, Daemon, Refused, commit_layers, mounted, own_mounts, serving
 
 RANGE = "0:500000:65536"
 
@@ -74,7 +75,7 @@ def test_a_disk_that_fills_fails_one_call_and_loses_nothing(tmp_path: Path) -> N
         for path in disk.glob("filler*"):
             path.unlink()
         client.prepare("after", "layer-0")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not (reserve.is_dir() and len(os.listdir(reserve)) == 4):
             assert time.monotonic() < deadline, "the reserve is set aside again when there is room"
             time.sleep(0.5)
@@ -110,7 +111,7 @@ def test_a_client_that_hangs_in_the_middle_of_a_call_holds_nobody_up(daemon: Dae
                 client.remove(f"c-{number}")
             client.clear()
         assert time.monotonic() - begun < 20, "a call's own deadline, and nobody waited for the others"
-        assert daemon.stop() < 2
+        assert daemon.stop() < STOP_S
         blocks.cancel()
         deaf.__exit__()
     finally:
@@ -153,7 +154,7 @@ def test_a_store_that_turns_read_only_answers_reads_and_loses_nothing(tmp_path: 
                 assert refused.value.code is grpc.StatusCode.UNAVAILABLE, refused.value
                 assert "read" in refused.value.details.lower() and "only" in refused.value.details.lower()
             assert client.names() == names
-        assert daemon.stop() < 2
+        assert daemon.stop() < STOP_S
         own_namespace.umount(str(disk))
         subprocess.run(["e2fsck", "-fy", str(image)], check=False, capture_output=True)
         subprocess.run(mount, check=True)
@@ -171,6 +172,31 @@ def test_a_store_that_turns_read_only_answers_reads_and_loses_nothing(tmp_path: 
     assert own_mounts(daemon) == []
 
 
+@contextmanager
+def stalls(place: Path) -> Iterator[list[float]]:
+    """Seconds by which a thread that syncs a file in `place` five times a second has been late until now."""
+    late: list[float] = []
+    over = threading.Event()
+
+    def syncing() -> None:
+        with open(place / "canary", "wb", buffering=0) as file:
+            begun = time.monotonic()
+            while not over.wait(0.2):
+                file.write(b"x")
+                os.fdatasync(file.fileno())
+                now = time.monotonic()
+                late.append(now - begun - 0.2)
+                begun = now
+
+    thread = threading.Thread(target=syncing)
+    thread.start()
+    try:
+        yield late
+    finally:
+        over.set()
+        thread.join()
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_a_power_cut_takes_no_layer_and_no_snapshot_that_is_a_second_old(tmp_path: Path, seed: int) -> None:
@@ -185,7 +211,7 @@ def test_a_power_cut_takes_no_layer_and_no_snapshot_that_is_a_second_old(tmp_pat
     containers: dict[str, float] = {}
     removed: dict[str, float] = {}
     for cut in range(cuts):
-        with mounted_disk(image, disk):
+        with mounted_disk(image, disk), stalls(tmp_path) as late:
             daemon.start()
             with daemon.client() as client:
                 until = time.monotonic() + 1.5 + chance.random()
@@ -210,6 +236,8 @@ def test_a_power_cut_takes_no_layer_and_no_snapshot_that_is_a_second_old(tmp_pat
                         client.cleanup()
             at = time.monotonic()
             cut_power(disk)
+            # The service syncs half a second after a change, and is as late as this machine makes it.
+            old_s = 1.2 + 3 * max(late, default=0.0)
             daemon.stop(signal.SIGKILL)
             detach(own_mounts(daemon))
         with mounted_disk(image, disk):
@@ -217,7 +245,7 @@ def test_a_power_cut_takes_no_layer_and_no_snapshot_that_is_a_second_old(tmp_pat
             with daemon.client() as client:
                 names = client.names()
                 assert set(layers) <= names
-                old = {name for name, since in containers.items() if at - since > 1.2}
+                old = {name for name, since in containers.items() if at - since > old_s}
                 assert old <= names, "what is a second old is on disk"
                 assert names - set(layers) <= {*containers, *removed, *(f"key-{cut}-{n}" for n in range(len(layers)))}
                 for name in set(containers) & names:
@@ -235,7 +263,7 @@ def test_a_power_cut_takes_no_layer_and_no_snapshot_that_is_a_second_old(tmp_pat
                 removed.clear()
                 client.cleanup()
                 containers = dict.fromkeys(containers, -1e9)
-            assert daemon.stop() < 2
+            assert daemon.stop() < STOP_S
             detach(own_mounts(daemon))
     print(f"{cuts} power cuts, {len(layers)} layers, {lost} of {len(containers)} containers were younger than a second")
 

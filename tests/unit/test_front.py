@@ -9,6 +9,7 @@ import select
 import socket
 import struct
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -675,15 +676,15 @@ def test_what_cannot_be_served_is_an_error() -> None:
 # What is left behind.
 
 
-def held() -> tuple[list[str], int]:
+def held() -> Counter[str]:
     """Descriptors and threads of this process."""
-    links = []
+    links = ["thread"] * len(os.listdir("/proc/self/task"))
     for fd in os.listdir("/proc/self/fd"):
         try:
             links.append(os.readlink(f"/proc/self/fd/{fd}"))
         except FileNotFoundError:
             continue  # the listing's own
-    return sorted(re.sub(r"\d+", "", link) for link in links), len(os.listdir("/proc/self/task"))
+    return Counter(re.sub(r"\d+", "", link) for link in links)
 
 
 def test_no_descriptor_and_no_thread_stays(path: Path) -> None:
@@ -703,7 +704,7 @@ def test_no_descriptor_and_no_thread_stays(path: Path) -> None:
                 assert bad.ended()
             if turn % 2:
                 stack.close()
-    until(lambda: held() == before)
+    until(lambda: held() <= before)  # what another test left for a while may go meanwhile
 
 
 def test_signals_are_for_the_interpreters_own_threads(path: Path) -> None:
@@ -778,7 +779,7 @@ def test_nonsense_ends_nothing_but_its_own_connection(seed: int, path: Path) -> 
     with as_process(path) as end:
         with Bare(str(path)) as good:
             until_s = time.monotonic() + (60 if SOAK else 2)
-            while time.monotonic() < until_s:
+            while time.monotonic() < until_s or rounds <= 50:
                 with Bare(str(path)) as bad:
                     bad.socket.setblocking(False)
                     try:
@@ -790,6 +791,5 @@ def test_nonsense_ends_nothing_but_its_own_connection(seed: int, path: Path) -> 
                         pass  # it has been let go, or has nothing to read
                 assert good.echoed(2 * rounds + 1)
                 rounds += 1
-        assert rounds > 50
         status, said = end()
     assert status == 0, said

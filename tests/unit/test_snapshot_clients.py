@@ -41,7 +41,7 @@ from tests.frames import (
 SERVICE = "containerd.services.snapshots.v1.Snapshots"
 MOUNTS = wire.MountsResponse(mounts=[wire.Mount(type="bind", source="/", options=["rw", "rbind"])])
 MAPPING = "0:1048576:65536"
-WAIT_S = 20
+WAIT_S = 60
 SANITIZED = ("-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror", "-fsanitize=address,undefined")
 
 
