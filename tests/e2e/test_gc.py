@@ -37,10 +37,10 @@ def image(path: Path, *layers: str) -> str:
 
 @pytest.fixture
 def own(flatmount: CommandLine, tmp_path: Path) -> Iterator[CommandLine]:
-    """A store of the test's own with two images, one of which has lost its name to the other."""
+    """A store of the test's own with two images, one of which has lost its name to the other; nobody builds in it."""
     line = CommandLine(tmp_path / "own", flatmount.run_directory)
-    line("image", "import", image(tmp_path / "one", "a", "b"), "--name", "app")
-    line("image", "import", image(tmp_path / "two", "a", "c"), "--name", "app")
+    for name, layers in (("one", "ab"), ("two", "ac")):
+        line("image", "import", image(tmp_path / name, *layers), "--name", "app", "--flatten", "now")
     yield line
 
 

@@ -28,6 +28,7 @@ from flatmount.storm.engine import run_storm
 from flatmount.storm.results import Settings, StormReport
 from tests.conftest import SOAK
 from tests.e2e.conftest import LAYERS, CommandLine, leftovers
+from tests.waiting import until
 
 PLANNED = {"per-layer": 2 * (1 + 2 * LAYERS) + 1, "common-parent": 7, "detached": 1, "flat": 1}
 ROUNDS = 100 if SOAK else 10
@@ -201,7 +202,7 @@ def test_an_interrupt_undoes_everything(flatmount: CommandLine, number: signal.S
         time.sleep(0.01)
     time.sleep(0.5)
     storm.send_signal(number)
-    _, said = storm.communicate(timeout=60)
+    _, said = storm.communicate(timeout=200)
     assert storm.returncode == 128 + number
     assert "everything is undone" in said
     assert not leftovers(flatmount)
@@ -237,10 +238,7 @@ def test_what_a_kill_leaves_the_next_command_clears(
         storm.wait()
         flatmount("mount", "demo", str(target), "--map", "0:300000:65536", "--ephemeral")
         flatmount("umount", str(target))
-        deadline = time.monotonic() + 10
-        while processes_of(flatmount) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not processes_of(flatmount)
+        until(lambda: not processes_of(flatmount))
         assert not leftovers(flatmount)
         assert str(flatmount.run_directory) not in Path("/proc/self/mountinfo").read_text()
 

@@ -120,7 +120,7 @@ class Held:
         self.gate = threading.Event()
 
     def __call__(self, handler: Handler, body: bytes | None) -> None:
-        assert self.gate.wait(20)
+        assert self.gate.wait(60)
         handler.answer(200, body or b"")
 
 
@@ -139,7 +139,7 @@ def test_layers_are_unpacked_side_by_side(store: Store, registry: FakeRegistry) 
             third_is_there.set()
 
     def release() -> None:
-        third_is_there.wait(20)
+        third_is_there.wait(60)
         held.gate.set()
 
     releasing = threading.Thread(target=release)
@@ -224,7 +224,7 @@ def test_a_full_disk(registry: FakeRegistry, tmp_path: Path) -> None:
     registry.put_image([archive([file("a", random.Random(1).randbytes(3_000_000))])], "big")
     command = ["unshare", "-m", "sh", "-c", SCRIPT, "sh", str(tmp_path), sys.executable, "-m", "flatmount"]
     command += ["image", "pull", f"{registry.host}/app:big", "--plain-http", "--root", str(tmp_path / "store")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "free space" in done.stderr
@@ -257,16 +257,16 @@ def test_a_pull_that_is_ended(registry: FakeRegistry, tmp_path: Path, how: signa
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         try:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while not registry.asked(wanted) and time.monotonic() < deadline:
                 time.sleep(0.02)
             time.sleep(0.3)
             assert running.poll() is None
             running.send_signal(how)
-            _, said = running.communicate(timeout=15)
+            _, said = running.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             running.send_signal(signal.SIGABRT)  # faulthandler says where each thread waits
-            pytest.fail(running.communicate(timeout=15)[1])
+            pytest.fail(running.communicate(timeout=60)[1])
         finally:
             running.kill()
     if how is signal.SIGINT:
@@ -306,7 +306,7 @@ def killed_in(registry: FakeRegistry, root: Path, wanted: str, count: int) -> No
     with subprocess.Popen([*command, "--root", str(root)]) as running:
         sizes = {layer["digest"]: layer["size"] for layer in json.loads(registry.manifests["v1"][1])["layers"]}
         sizes[wanted] = count
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while {path.name: path.stat().st_size for path in (root / "v1").glob("partial/*")} != {
             digest.replace(":", "-"): size for digest, size in sizes.items()
         }:
@@ -413,7 +413,7 @@ def test_two_pulls_of_one_blob_at_once(store: Store, registry: FakeRegistry) -> 
         first = threading.Thread(target=pull, args=(other, registry))
         first.start()
         try:
-            deadline = time.monotonic() + 20
+            deadline = time.monotonic() + 60
             while not registry.asked(layer_digest(registry, 2)):
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

@@ -29,7 +29,7 @@ from flatmount.store.reserve import Reserve
 from tests.disks import mounted_disk, new_disk
 from tests.kernel.test_snapshot_commits import RANGE, clear, served
 
-WAIT_S = 5
+WAIT_S = 60
 
 
 class Faults:
@@ -376,6 +376,7 @@ def test_a_commit_is_refused_before_any_work_for_it(
 def test_what_waits_at_the_end_is_written_and_on_disk(
     tmp_path: Path, facts: HostFacts, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(desk, "_CLOSE_S", WAIT_S)
     synced: list[int] = []
     real = Database.sync
 

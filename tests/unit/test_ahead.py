@@ -60,7 +60,7 @@ def test_it_waits_for_its_reader() -> None:
         return read[-1]
 
     ahead = ReadAhead(counted)
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while len(read) < 9 and time.monotonic() < ends:
         time.sleep(0.001)
     time.sleep(0.05)
@@ -87,17 +87,17 @@ def test_close_waits_for_the_call_that_is_under_way() -> None:
 
     def slow(_: int) -> bytes:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         done.set()
         return b""
 
     ahead = ReadAhead(slow)
-    assert begun.wait(10)
+    assert begun.wait(60)
     closer = threading.Thread(target=ahead.close)
     closer.start()
     closer.join(0.05)
     assert closer.is_alive()
     go_on.set()
-    closer.join(10)
+    closer.join(60)
     assert done.is_set()
     assert not closer.is_alive()

@@ -116,12 +116,12 @@ def test_shims_and_their_containers_go_with_their_engine_only(tmp_path: Path) ->
     other, others_child = shim(tmp_path / "own-2")
     with own, other:
         daemons.kill_those_of(str(tmp_path / "own"))
-        assert own.wait(5) == -signal.SIGKILL
+        assert own.wait(60) == -signal.SIGKILL
         assert start_time(child) is None
         assert other.poll() is None
         assert start_time(others_child) is not None
         daemons.kill_those_of(str(tmp_path / "own-2"))
-        assert other.wait(5) == -signal.SIGKILL
+        assert other.wait(60) == -signal.SIGKILL
 
 
 def test_what_a_killed_proof_left_goes_with_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_what_a_killed_proof_left_goes_with_the_next(tmp_path: Path, monkeypatch
     (tmp_path / "flatmount-engine-other").mkdir()
     process, child = shim(left / "engine")
     with process, engine.engine_place() as place:
-        assert process.wait(5) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL
         assert start_time(child) is None
         assert {path.name for path in tmp_path.iterdir()} == {"flatmount-engine-other", os.path.basename(place)}
         with engine.engine_place() as another:  # one that lives is left alone

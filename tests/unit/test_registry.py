@@ -170,14 +170,14 @@ def test_layers_are_fetched_at_once_and_in_order(registry: FakeRegistry, tmp_pat
 
     def held(handler: Any, body: bytes | None) -> None:
         arrived.release()
-        assert gate.wait(10)
+        assert gate.wait(60)
         handler.answer(200, body or b"")
 
     with Pulled(registry) as image:
         registry.fault("/blobs/", held, held, held)
         image.expect((0, 1, 2), str(tmp_path))
-        assert arrived.acquire(timeout=10)
-        assert arrived.acquire(timeout=10)
+        assert arrived.acquire(timeout=60)
+        assert arrived.acquire(timeout=60)
         assert not arrived.acquire(timeout=0.1)
         assert {seen.path.rpartition("/")[2] for seen in registry.asked("/blobs/")[-2:]} == {
             image.manifest.layers[0].digest,
@@ -195,7 +195,7 @@ def test_many_layers_wait_for_their_reader_in_bounded_number(
     registry.put_image(layers, "many")
     with Pulled(registry, "app:many") as image:
         image.expect(range(12), str(tmp_path))
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while sum(state.done_bytes > 0 for state in image.fetched()) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.05)
@@ -246,10 +246,10 @@ def test_a_connection_that_says_nothing(registry: FakeRegistry) -> None:
         handler.end_headers()
         handler.wfile.write((body or b"")[:1000])
         handler.wfile.flush()
-        woken.wait(10)
+        woken.wait(60)
         handler.close_connection = True
 
-    patience = Patience(first_pause_s=0.001, idle_s=0.3)
+    patience = Patience(first_pause_s=0.001, idle_s=2)
     with Pulled(registry, patience=patience) as image:
         registry.fault(image.manifest.layers[0].digest, silent)
         assert is_whole(image, 0)
@@ -297,15 +297,15 @@ def test_giving_up_does_not_wait_for_a_silent_registry(registry: FakeRegistry, t
         handler.end_headers()
         handler.wfile.flush()
         arrived.set()
-        woken.wait(20)
+        woken.wait(120)
         handler.close_connection = True
 
-    with Pulled(registry, patience=Patience(idle_s=30)) as image:
+    with Pulled(registry, patience=Patience(idle_s=60)) as image:
         registry.fault(image.manifest.layers[0].digest, silent)
         image.expect((0, 1, 2), str(tmp_path))
-        assert arrived.wait(10)
+        assert arrived.wait(60)
         started = time.monotonic()
-    assert time.monotonic() - started < 4
+    assert time.monotonic() - started < 30, "half of what it may be silent for"
     woken.set()
 
 
@@ -332,7 +332,7 @@ def test_whoever_waits_for_a_layer_learns_that_it_was_given_up(registry: FakeReg
         time.sleep(0.01)
     threading.Timer(0.1, woken.set).start()
     image.close()
-    reader.join(10)
+    reader.join(60)
     assert not reader.is_alive()
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from flatmount.kernel.mounts import read_table
 from tests.e2e.conftest import CommandLine
-from tests.e2e.containers.conftest import ATTACHMENTS, left_by, new_name, until
+from tests.e2e.containers.conftest import ATTACHMENTS, left_by, new_name
+from tests.waiting import until
 
 # Sets a filter that answers every setns(2) into a mount namespace with ENOSYS, and becomes the command.
 WITHOUT_SETNS = """

@@ -32,7 +32,8 @@ from flatmount.storm.engines.own import FlatmountEngine, Started
 from tests.conftest import SOAK
 from tests.e2e.conftest import CommandLine
 from tests.e2e.containers.census import Family, Standing, descendants, groups_left, subreaper
-from tests.e2e.containers.conftest import left_by, new_name, until
+from tests.e2e.containers.conftest import left_by, new_name
+from tests.waiting import until
 
 
 def processes_of(line: CommandLine) -> list[str]:
