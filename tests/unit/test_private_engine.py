@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -49,6 +50,17 @@ def test_the_service_serves_no_metrics_whatever_the_machine_says(
     monkeypatch.setattr("flatmount.cli.snapshotter.require_root", lambda verb: None)
     assert main(list(command[command.index("flatmount") + 1 :])) == 0
     assert [settings.metrics for settings in served] == [""]
+
+
+def test_what_is_flat_is_what_the_service_has_told_of(tmp_path: Path) -> None:
+    """Numbers of snapshots are not in the order of a chain: the first one is younger than those made ahead."""
+    one = engine.Engine(str(tmp_path), "1.7.0", "overlay", "", 1, 2)
+    log = tmp_path / "service.log"
+    log.write_text("not JSON\n")
+    assert one.has_flat(1) and not one.has_flat(3)
+    told = [{"msg": "serving"}, {"msg": "flat tree made", "snapshot": 2, "layers": 3}]
+    log.write_text("".join(f"{json.dumps(line)}\n" for line in told) + '{"msg": "flat tree made", "lay')
+    assert one.has_flat(3) and not one.has_flat(2) and not one.has_flat(40)
 
 
 class Ended:

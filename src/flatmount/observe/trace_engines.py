@@ -21,7 +21,7 @@ from flatmount.store import Store
 from flatmount.strategies import STRATEGIES
 
 _OURS = "flatmount"
-_START_S = 20.0
+_FLAT_S = 60.0
 _COMMAND_S = 300.0
 _POOL = "1048576:16777216"
 _RANGE = "0:1048576:65536"
@@ -139,7 +139,7 @@ def _containerd_in_range(form: str) -> Callable[[str, Callable[[int], str]], Abs
                 run += ["--uidmap", _RANGE, "--gidmap", _RANGE, "--remap-labels"]
                 engine.ctr(*run, NAME, f"first-{layers}", PROGRAM)  # the first start has the flat tree made
                 if form:
-                    _wait_for_flat(engine.snapshots, layers)
+                    _wait_for_flat(lambda: engine.has_flat(layers))
                 command = engine.command(*run, NAME, f"tiny-{layers}", PROGRAM)
                 subject = f"containerd {engine.version}, own range, {form or 'overlayfs'}"
                 also = (engine.process, engine.service)
@@ -150,12 +150,9 @@ def _containerd_in_range(form: str) -> Callable[[str, Callable[[int], str]], Abs
     return opened
 
 
-def _wait_for_flat(snapshots: str, layers: int) -> None:
-    """Wait until the chain of an image has its flat tree; an image of one layer is flat as it is."""
-    deadline = time.monotonic() + _START_S
-    while layers > 1 and not any(
-        os.path.isdir(f"{snapshots}/{number}/flat") for number in sorted(map(int, os.listdir(snapshots)))[layers - 1 :]
-    ):
+def _wait_for_flat(there: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + _FLAT_S
+    while not there():
         if time.monotonic() > deadline:
             raise FlatmountError("the image's flat tree is not made", hint="see the snapshotter's log")
         time.sleep(0.05)

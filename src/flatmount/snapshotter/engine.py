@@ -5,6 +5,7 @@ Everything it has is below one directory, but for cgroups, which end with the co
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -104,10 +105,14 @@ class Engine:
         """Our service's."""
         return f"{self.place}/run/snapshotter.sock"
 
-    @property
-    def snapshots(self) -> str:
-        """The directories of our service's snapshots, one for each number."""
-        return f"{self.place}/store/v1/data/snapshots"
+    def has_flat(self, layers: int) -> bool:
+        """Whether our service gives an image of so many layers as its flat tree; one layer is flat as it is.
+
+        The number of a snapshot does not tell its place in a chain, nor a directory what is answered.
+        """
+        with open(f"{self.place}/service.log", encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if line.startswith("{") and line.endswith("}\n")]
+        return layers == 1 or any((line["msg"], line.get("layers")) == ("flat tree made", layers) for line in lines)
 
     def addresses(self) -> list[str]:
         """What pods have of the engine's own network, where it has one."""
@@ -227,7 +232,7 @@ def running_engine(
         file.write(containerd.install(text, f"{run}/snapshotter.sock", cri=cri))
     service_command = [sys.executable, "-P", "-m", "flatmount", "snapshotter", "--root", store, "--form", form]
     # The machine's own service may have the address that its configuration names.
-    service_command += ["--metrics", ""]
+    service_command += ["--metrics", "", "--log-level", "info"]
     environment = {**os.environ, "PATH": path}
     service = start_program(service_command, f"{place}/service.log", {**environment, "FLATMOUNT_RUN": run})
     try:

@@ -79,6 +79,7 @@ class Flattening:
             await self._make(chain)
         self.flats.add(chain[0])
         self.made += 1
+        log.info("flat tree made", extra={"snapshot": chain[0], "layers": len(chain)})
 
     def _done(self, number: int, task: asyncio.Task[None]) -> None:
         self.running.pop(number, None)
