@@ -32,6 +32,7 @@ from flatmount.strategies import Attach, RootfsSpec, Upper, pin_superblock
 from tests.conftest import CANNOT
 from tests.kernel.images import directory, file, hardlink, layout_of, symlink
 from tests.kernel.trees import facts as facts_of
+from tests.waiting import until
 
 ROUNDS = 200 if os.environ.get("FLATMOUNT_SOAK") else 20
 ONE, OTHER = Mapping.single(200000), Mapping.single(300000)
@@ -305,7 +306,7 @@ def test_loop_devices_go_with_the_mount(store_data: Path, facts: HostFacts) -> N
     with loop_device(path) as device:
         assert any(path in one for one in loop_devices())
         assert Path(device).is_block_device()
-    assert not any(path in one for one in loop_devices())
+    until(lambda: not any(path in one for one in loop_devices()))
     with pytest.raises(FileNotFoundError), loop_device(f"{path}-not-there"):
         pass
 

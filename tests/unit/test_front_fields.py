@@ -33,7 +33,7 @@ class Reading(Behind):
         super().__init__(path, act, most_s=most_s)
 
 
-def ask(path: Path, message: bytes, *, method: str = "/test.Front/Echo", timeout_s: float = 20) -> bytes:
+def ask(path: Path, message: bytes, *, method: str = "/test.Front/Echo", timeout_s: float = 60) -> bytes:
     with grpc.insecure_channel(f"unix:{path}") as channel:
         return bytes(channel.unary_unary(method)(message, timeout=timeout_s))
 
@@ -54,7 +54,7 @@ def test_fields_are_read_as_the_interface_has_them(
             # A field that a later client may have, of each type that there is.
             unknown = b"\x50\x96\x01" + b"\x59" + bytes(8) + b"\x62\x02hi" + b"\x6d" + bytes(4)
             for data in (message.SerializeToString(), unknown + message.SerializeToString() + unknown):
-                read: Any = eval(call(data, timeout=20))
+                read: Any = eval(call(data, timeout=60))
                 assert read == (key, parent, labels)
 
 
@@ -91,23 +91,23 @@ def test_no_bytes_are_an_empty_message(tmp_path: Path) -> None:
 
 
 def test_the_front_keeps_the_time_and_counts(tmp_path: Path) -> None:
-    with Reading(tmp_path / "s", most_s=0.3, hold=True) as front:
+    with Reading(tmp_path / "s", most_s=0.8, hold=True) as front:
         begun = time.monotonic()
-        with pytest.raises(grpc.RpcError, match=r"Echo has taken 0\.3 s; it goes on"):
+        with pytest.raises(grpc.RpcError, match=r"Echo has taken 0\.8 s; it goes on"):
             ask(tmp_path / "s", b"")
-        assert 0.3 <= time.monotonic() - begun < 5
+        assert time.monotonic() - begun >= 0.8
         # Its client's own time is nearer; whichever of the two tells it.
         with pytest.raises(grpc.RpcError) as refused:
-            ask(tmp_path / "s", b"", timeout_s=0.1)
+            ask(tmp_path / "s", b"", timeout_s=0.4)
         assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
         # What may take any time is told by its client only.
         begun = time.monotonic()
         with pytest.raises(grpc.RpcError):
-            ask(tmp_path / "s", b"", method="/test.Front/Other", timeout_s=1)
-        assert time.monotonic() - begun >= 0.9
+            ask(tmp_path / "s", b"", method="/test.Front/Other", timeout_s=1.5)
+        assert time.monotonic() - begun >= 1.4
         until(lambda: front.do(lambda one: one.running()) == 0)
         codes, within, seconds = front.do(lambda one: one.counts(0))
-        assert sum(codes) == sum(within) == 2 and seconds > 0.35
+        assert sum(codes) == sum(within) == 2 and seconds > 0.85
         assert codes[4] + codes[1] == 2  # DEADLINE_EXCEEDED, or the client left first
         with pytest.raises(IndexError):
             front.do(lambda one: one.counts(2))
