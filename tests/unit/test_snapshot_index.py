@@ -246,7 +246,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(steps=st.lists(STEPS, max_size=30))
 def test_whatever_is_asked_the_book_says_what_the_index_says(steps: list[tuple[object, ...]], tmp_path: Path) -> None:
     database = Database.create(str(tmp_path / "state.db"))
