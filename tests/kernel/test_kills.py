@@ -304,16 +304,33 @@ def calm_rounds(images: Images, root: str, out: Path, moments: dict[str, Moments
         moments[verb].rounds -= 1
 
 
-def told(moments: dict[str, Moments], began: float, what: str) -> int:
-    """Print how the blows were spread; returns how many fell within an operation."""
-    within = sum(len(each.within) for each in moments.values())
-    rounds = sum(each.rounds for each in moments.values())
-    print(f"{rounds} {what} in {time.monotonic() - began:.0f} s, {within} of them within an operation:")
+def rounds(moments: dict[str, Moments], least: int, enough: Callable[[], bool]) -> Iterator[tuple[int, str]]:
+    """A number and a verb for each round: the verbs in turn, and then those that no blow has met yet.
+
+    Where a blow falls is chance: of five, all come too late in one of a hundred runs.
+    """
+    verbs = [*moments]
+    for count in range(20 * least):
+        missed = [verb for verb in verbs if not moments[verb].within]
+        if count < least:
+            yield count, verbs[count % len(verbs)]
+        elif not enough():
+            yield count, (missed or verbs)[count % len(missed or verbs)]
+
+
+def hits(moments: dict[str, Moments]) -> int:
+    """How many blows fell within an operation."""
+    return sum(len(each.within) for each in moments.values())
+
+
+def told(moments: dict[str, Moments], began: float, what: str) -> None:
+    """Print how the blows were spread."""
+    within, count = hits(moments), sum(each.rounds for each in moments.values())
+    print(f"{count} {what} in {time.monotonic() - began:.0f} s, {within} of them within an operation:")
     for verb, each in moments.items():
         thirds = "/".join(map(str, each.thirds()))
         print(f"  {verb:8} {each.rounds:4} rounds, {len(each.within):4} within, {thirds} in its thirds,", end="")
         print(f" usually {each.usual_s * 1000:.0f} ms")
-    return within
 
 
 @pytest.mark.soak
@@ -326,8 +343,12 @@ def test_a_kill_loses_nothing_and_leaves_nothing_by_half(ram: Path, images: Imag
     with Store.open(root, create=True):
         pass
     calm_rounds(images, root, out, moments, VERBS)
-    for count in range(KILLS):
-        verb, name = VERBS[count % len(VERBS)], chance.choice([*IMAGES])
+
+    def enough() -> bool:
+        return all(each.within for each in moments.values()) and hits(moments) > KILLS // 4
+
+    for count, verb in rounds(moments, KILLS, enough):
+        name = chance.choice([*IMAGES])
         before = prepare(images, root, verb, name, chance)
         target = str(out / str(count))
         done = strike(images, root, verb, name, target, moments[verb], chance.random() * LATE, lambda: None)
@@ -335,9 +356,8 @@ def test_a_kill_loses_nothing_and_leaves_nothing_by_half(ram: Path, images: Imag
         assert_layout(target)
         shutil.rmtree(out)
         out.mkdir()
-    within = told(moments, began, "kills")
-    assert within > KILLS // 4
-    assert all(each.within for each in moments.values())
+    told(moments, began, "kills")
+    assert enough()
     if SOAK:
         assert all(min(each.thirds()) >= 3 for each in moments.values())
 
@@ -365,8 +385,8 @@ def test_a_power_cut_loses_nothing_that_was_stored(disk: Path, tmp_path: Path, i
         with Store.open(root, create=True):
             pass
         calm_rounds(images, root, out, moments, verbs)
-    for count in range(POWER_CUTS):
-        verb, name = verbs[count % len(verbs)], chance.choice([*IMAGES])
+    for _, verb in rounds(moments, POWER_CUTS, lambda: hits(moments) > 0):
+        name = chance.choice([*IMAGES])
         with mounted_disk(disk, place):
             before = prepare(images, root, verb, name, chance)
             at = chance.random() * LATE_CUT
@@ -375,5 +395,5 @@ def test_a_power_cut_loses_nothing_that_was_stored(disk: Path, tmp_path: Path, i
             assert_whole(images, root, verb, name, before, stored)
         done += stored
     print(f"{done} operations done before their power cut")
-    within = told(moments, began, "power cuts")
-    assert within
+    told(moments, began, "power cuts")
+    assert hits(moments)
