@@ -88,7 +88,8 @@ def test_waits_belong_to_the_mount_locks_and_counts_are_the_executors_own(ram: P
     by_lock = {one.lock: one for one in totals}
     # An umount waits for a grace period; this storm makes 102 of them for each container.
     assert by_lock[Lock.GRACE_PERIOD].waits > CONTAINERS
-    assert any(lock in by_lock for lock in MOUNT_LOCKS)
+    # Who is alone on one processor seldom holds a lock while another asks for it.
+    assert len(os.sched_getaffinity(0)) == 1 or any(lock in by_lock for lock in MOUNT_LOCKS)
     assert any("synchronize_rcu" in stack.folded for stack in profile.wait_stacks if stack.lock is Lock.GRACE_PERIOD)
     assert not any("synchronize_rcu" in one.folded for one in profile.wait_stacks if one.lock is Lock.MOUNT_LOCK)
     assert any(stack.samples for stack in profile.cpu)
