@@ -52,7 +52,13 @@ setup(
         Extension(
             "flatmount.snapshotter._front",
             sources=[*sources("native/front"), "native/upper.c", "native/read_uppers.c"],
-            depends=["native/front/front.h", "native/front/kept.h", "native/front/committer.h", "native/upper.h", "native/read_uppers.h"],
+            depends=[
+                "native/front/front.h",
+                "native/front/kept.h",
+                "native/front/committer.h",
+                "native/upper.h",
+                "native/read_uppers.h",
+            ],
             include_dirs=["native"],
             libraries=["nghttp2"],
             define_macros=[("Py_LIMITED_API", "0x030b0000"), *MACROS],
