@@ -29,6 +29,7 @@ static struct {
 	int (*bind_null)(struct sqlite3_stmt *, int);
 	int (*step)(struct sqlite3_stmt *);
 	int (*reset)(struct sqlite3_stmt *);
+	int (*clear_bindings)(struct sqlite3_stmt *);
 	int (*finalize)(struct sqlite3_stmt *);
 	const char *(*errmsg)(struct sqlite3 *);
 } sqlite;
@@ -60,6 +61,7 @@ static bool load_sqlite(void)
 		{"sqlite3_bind_text", (void **)&sqlite.bind_text}, {"sqlite3_bind_null", (void **)&sqlite.bind_null},
 		{"sqlite3_bind_int64", (void **)&sqlite.bind_int64},
 		{"sqlite3_step", (void **)&sqlite.step},	   {"sqlite3_reset", (void **)&sqlite.reset},
+		{"sqlite3_clear_bindings", (void **)&sqlite.clear_bindings},
 		{"sqlite3_finalize", (void **)&sqlite.finalize},   {"sqlite3_errmsg", (void **)&sqlite.errmsg},
 	};
 	/* Only if it is there: the handle is kept, so that it stays. */
@@ -101,7 +103,7 @@ static int bind(struct sqlite3_stmt *statement, int place, const struct fm_value
 	case FM_NUMBER:
 		return sqlite.bind_int64(statement, place, value->number);
 	case FM_TEXT:
-		/* NULL as destructor: it stays until the statement is reset. */
+		/* NULL as destructor: it stays until nothing is bound any more. */
 		return sqlite.bind_text(statement, place, texts + value->at, value->bytes, NULL);
 	case FM_NULL:
 		break;
@@ -123,15 +125,17 @@ static bool run(struct sqlite3_stmt *statement)
 static bool write_rows(struct sqlite3_stmt *statement, const struct fm_rows *rows, const char *texts)
 {
 	const struct fm_value *value = rows->values;
+	bool done = true;
 
-	for (size_t row = 0; row < rows->rows; row++) {
-		for (size_t i = 0; i < rows->columns; i++)
-			if (bind(statement, (int)i + 1, value++, texts))
-				return false;
-		if (!run(statement))
-			return false;
+	for (size_t row = 0; done && row < rows->rows; row++) {
+		for (size_t i = 0; done && i < rows->columns; i++)
+			done = bind(statement, (int)i + 1, value++, texts) == SQLITE_OK;
+		done = done && run(statement);
 	}
-	return true;
+	/* A reset leaves bound what was, and the texts go with their batch. */
+	if (rows->rows)
+		sqlite.clear_bindings(statement);
+	return done;
 }
 
 /* Returns NULL, or why it was not done. */

@@ -100,6 +100,17 @@ def test_values_are_what_they_were(place: Place) -> None:
     db.close()
 
 
+def test_nothing_of_a_batch_stays_bound(place: Place) -> None:
+    committer = place.new()
+    for row in ("a", 1, "other" * 1000), ("b", 1):
+        committer.submit([], ([], [row]))
+        assert wait(committer) is None
+    committer.close(1000)
+    with sqlite3.connect(place.book) as db:
+        assert db.execute("SELECT other FROM rows WHERE name = 'b'").fetchall() == [(None,)]
+    db.close()
+
+
 def test_what_cannot_be_made_is_told_and_no_row_is_written(place: Place) -> None:
     committer = place.new()
     (place.path / "snapshots/2").mkdir()
