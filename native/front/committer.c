@@ -37,7 +37,7 @@ static struct {
 struct fm_committer {
 	pthread_t thread;
 	struct sqlite3 *book;
-	struct sqlite3_stmt *begin, *commit, *statements[FM_MOST_STATEMENTS];
+	struct sqlite3_stmt *begin, *commit, *rollback, *statements[FM_MOST_STATEMENTS];
 	size_t count;
 	int data, ready;
 
@@ -138,28 +138,28 @@ static bool write_rows(struct sqlite3_stmt *statement, const struct fm_rows *row
 	return done;
 }
 
-/* Returns NULL, or why it was not done. */
-static char *commit(struct fm_committer *committer, const struct fm_batch *batch)
+/* Returns whether it was done; `why` is left NULL where there is no memory to tell why not. */
+static bool commit(struct fm_committer *committer, const struct fm_batch *batch, char **why)
 {
 	for (size_t i = 0; i < batch->count; i++) {
 		int error = fm_make_upper(committer->data, &batch->uppers[i]);
 
-		if (error)
-			return written("make directories: %s", strerror(error));
+		if (error) {
+			*why = written("make directories: %s", strerror(error));
+			return false;
+		}
 	}
-	if (!run(committer->begin))
-		return said(committer);
-	bool done = true;
+	bool done = run(committer->begin);
 
 	for (size_t i = 0; done && i < committer->count; i++)
 		done = write_rows(committer->statements[i], &batch->rows[i], batch->texts);
 	if (done && run(committer->commit))
-		return NULL;
-	char *why = said(committer);
-
-	/* Where SQLite has rolled back by itself this is refused, and nothing is the matter. */
-	sqlite.exec(committer->book, "ROLLBACK", NULL, NULL, NULL);
-	return why;
+		return true;
+	*why = said(committer);
+	/* Also where the BEGIN was refused: a transaction that stood open would shut everybody else out for good. Where
+	 * there is none, or SQLite has rolled back by itself, this is refused and nothing is the matter. */
+	run(committer->rollback);
+	return false;
 }
 
 /* With the lock, which is let go meanwhile. */
@@ -187,12 +187,14 @@ static void write_batch(struct fm_committer *committer)
 {
 	pthread_mutex_unlock(&committer->lock);
 	/* The batch is left alone by everybody else until it is done. */
-	char *why = commit(committer, &committer->batch);
+	char *why = NULL;
+	bool done = commit(committer, &committer->batch, &why);
 
 	fm_batch_free(&committer->batch);
 	pthread_mutex_lock(&committer->lock);
 	committer->has_batch = false;
 	committer->done.batch = true;
+	committer->done.failed = !done;
 	committer->done.why = why;
 	eventfd_write(committer->ready, 1);
 }
@@ -220,12 +222,12 @@ static void *work(void *argument)
 
 static void let_go(struct fm_committer *committer)
 {
-	struct sqlite3_stmt *const ends[] = {committer->begin, committer->commit};
+	struct sqlite3_stmt *const ends[] = {committer->begin, committer->commit, committer->rollback};
 
 	for (size_t i = 0; i < committer->count; i++)
 		if (committer->statements[i])
 			sqlite.finalize(committer->statements[i]);
-	for (size_t i = 0; i < 2; i++)
+	for (size_t i = 0; i < 3; i++)
 		if (ends[i])
 			sqlite.finalize(ends[i]);
 	if (committer->book)
@@ -239,28 +241,37 @@ static void let_go(struct fm_committer *committer)
 	free(committer);
 }
 
-/* Returns NULL, or why it was not done. */
-static char *open_book(struct fm_committer *committer, const char *path, char *const *setup, size_t setup_count,
-		       char *const *statements)
+/* Returns whether it was done; `why` is left NULL where there is no memory to tell why not. */
+static bool open_book(struct fm_committer *committer, const char *path, char *const *setup, size_t setup_count,
+		      char *const *statements, char **why)
 {
-	if (!load_sqlite())
-		return written("%s", "the interpreter's SQLite is not a library of its own");
-	if (sqlite.open_v2(path, &committer->book, OPEN_READWRITE | OPEN_NOMUTEX, NULL))
-		return written("%s", committer->book ? sqlite.errmsg(committer->book) : "no memory");
-	for (size_t i = 0; i < setup_count; i++)
-		if (sqlite.exec(committer->book, setup[i], NULL, NULL, NULL))
-			return said(committer);
-	bool failed = sqlite.prepare_v2(committer->book, "BEGIN IMMEDIATE", -1, &committer->begin, NULL) ||
-		      sqlite.prepare_v2(committer->book, "COMMIT", -1, &committer->commit, NULL);
+	if (!load_sqlite()) {
+		*why = written("%s", "the interpreter's SQLite is not a library of its own");
+		return false;
+	}
+	if (sqlite.open_v2(path, &committer->book, OPEN_READWRITE | OPEN_NOMUTEX, NULL)) {
+		*why = committer->book ? said(committer) : NULL;
+		return false;
+	}
+	bool done = true;
 
-	for (size_t i = 0; !failed && i < committer->count; i++)
-		failed = sqlite.prepare_v2(committer->book, statements[i], -1, &committer->statements[i], NULL);
-	if (failed)
-		return said(committer);
+	for (size_t i = 0; done && i < setup_count; i++)
+		done = !sqlite.exec(committer->book, setup[i], NULL, NULL, NULL);
+	done = done && !sqlite.prepare_v2(committer->book, "BEGIN IMMEDIATE", -1, &committer->begin, NULL) &&
+	       !sqlite.prepare_v2(committer->book, "COMMIT", -1, &committer->commit, NULL) &&
+	       !sqlite.prepare_v2(committer->book, "ROLLBACK", -1, &committer->rollback, NULL);
+	for (size_t i = 0; done && i < committer->count; i++)
+		done = !sqlite.prepare_v2(committer->book, statements[i], -1, &committer->statements[i], NULL);
+	if (!done) {
+		*why = said(committer);
+		return false;
+	}
 	committer->ready = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	int error = committer->ready < 0 ? errno : fm_thread_start(&committer->thread, work, committer);
 
-	return error ? written("%s", strerror(error)) : NULL;
+	if (error)
+		*why = written("%s", strerror(error));
+	return !error;
 }
 
 struct fm_committer *fm_committer_start(const char *path, int data, char *const *setup, size_t setup_count,
@@ -280,8 +291,7 @@ struct fm_committer *fm_committer_start(const char *path, int data, char *const 
 	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
 	pthread_cond_init(&committer->changed, &attributes);
 	pthread_condattr_destroy(&attributes);
-	*why = open_book(committer, path, setup, setup_count, statements);
-	if (!*why)
+	if (open_book(committer, path, setup, setup_count, statements, why))
 		return committer;
 	let_go(committer);
 	return NULL;

@@ -55,9 +55,10 @@ bool fm_committer_submit(struct fm_committer *committer, struct fm_batch batch);
 bool fm_committer_ahead(struct fm_committer *committer, const long long *numbers, size_t count);
 
 struct fm_done {
-	bool batch;	    /* one is done, */
-	char *why;	    /* malloc'ed, or NULL: and why it was not written */
-	size_t ahead;	    /* so many more of those ahead are made, in their order, */
+	bool batch;	 /* one is done, */
+	bool failed;	 /* and was not written; */
+	char *why;	 /* why not: malloc'ed, or NULL without memory for it */
+	size_t ahead;	 /* so many more of those ahead are made, in their order, */
 	int ahead_error; /* and the others will not be */
 };
 

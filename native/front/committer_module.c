@@ -219,8 +219,9 @@ static PyObject *committer_take(PyObject *object, PyObject *ignored)
 	if (!is_open(self))
 		return NULL;
 	struct fm_done done = fm_committer_take(self->committer);
+	const char *why = !done.failed ? NULL : done.why ? done.why : "no memory";
 	PyObject *answer =
-		Py_BuildValue("Nzni", PyBool_FromLong(done.batch), done.why, (Py_ssize_t)done.ahead, done.ahead_error);
+		Py_BuildValue("Nzni", PyBool_FromLong(done.batch), why, (Py_ssize_t)done.ahead, done.ahead_error);
 
 	free(done.why);
 	return answer;

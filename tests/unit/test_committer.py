@@ -8,6 +8,8 @@ import re
 import select
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,6 +111,56 @@ def test_nothing_of_a_batch_stays_bound(place: Place) -> None:
     with sqlite3.connect(place.book) as db:
         assert db.execute("SELECT other FROM rows WHERE name = 'b'").fetchall() == [(None,)]
     db.close()
+
+
+def test_a_transaction_that_stands_open_is_ended(place: Place) -> None:
+    """As where a ROLLBACK had no memory: nobody else could write to the book any more."""
+    committer = place.new(setup=("BEGIN IMMEDIATE", "INSERT INTO rows (name) VALUES ('half')"))
+    committer.submit([], ([], new("a")))
+    assert "within a transaction" in (wait(committer) or "")
+    with sqlite3.connect(place.book, timeout=0) as db:
+        db.execute("INSERT INTO rows (name) VALUES ('other')")
+    db.close()
+    committer.submit([], ([], new("a")))
+    assert wait(committer) is None
+    committer.close(1000)
+    assert place.rows() == ["a", "other"]
+
+
+_WITHOUT_MEMORY = """
+#define _GNU_SOURCE
+#include <stdio.h>
+int asprintf(char **text, const char *format, ...) { return -1; }
+int __asprintf_chk(char **text, int flag, const char *format, ...) { return -1; }
+"""
+
+
+def test_what_was_not_written_is_never_taken_for_written(place: Place) -> None:
+    """Not even without memory to tell why."""
+    library = place.path / "library.so"
+    subprocess.run(
+        ["cc", "-w", "-shared", "-fPIC", "-x", "c", "-", "-o", library], input=_WITHOUT_MEMORY, text=True, check=True
+    )
+    program = f"""
+import os, select
+import sqlite3
+from flatmount.snapshotter._front import Committer
+data = os.open({str(place.path)!r}, os.O_RDONLY)
+committer = Committer({place.book!r}, data, (), {WRITE!r})
+committer.submit([], ([], [("a", 1, None), ("a", 1, None)]))
+select.select([committer.fileno()], [], [], 20)
+print(committer.take())
+try:
+    Committer({place.book!r}, data, ("nonsense",), {WRITE!r})
+except RuntimeError as error:
+    print(error)
+"""
+    environment = {**os.environ, "LD_PRELOAD": str(library)}
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert told.stdout == "(True, 'no memory', 0, 0)\nno memory\n"
+    assert place.rows() == []
 
 
 def test_what_cannot_be_made_is_told_and_no_row_is_written(place: Place) -> None:
