@@ -108,6 +108,8 @@ class Snapshots:
         self._tasks: set[asyncio.Task[None]] = set()
         # Numbers of copies that a commit is about to enter in the book.
         self._copies: set[int] = set()
+        # Numbers of removed snapshots that the book still has, and may keep.
+        self._going: set[int] = set()
         self._lock_fd = -1
         self.flattening = Flattening(self._flatten_now, flatten_after_s)
         self._answers = Answers(disk.data, run, facts, HELPER, self.flattening, self._in_pool)
@@ -258,9 +260,11 @@ class Snapshots:
             return False
         gone = self._index.remove(key).snapshot
         self._forget(key)
+        self._going.add(gone.number)
         self._held[key] = deque()
 
         def removed(error: BaseException | None) -> None:
+            self._going.discard(gone.number)
             self._turns.release(key)
             if error is not None:
                 done(error)
@@ -397,7 +401,7 @@ class Snapshots:
         await self._turns.not_stale()
         # Whoever is given a number after this has a higher one; what was removed until now is out of the book for good
         # before its files go.
-        known, last = self._index.numbers() | self._ahead.held() | self._copies, self._ahead.last
+        known, last = self._index.numbers() | self._ahead.held() | self._copies | self._going, self._ahead.last
         await self._desk.durable()
         await self._in_pool(
             lambda: self._trees.hide_unknown(known, last, lambda n: n in self.flattening.running or self.roots.holds(n))

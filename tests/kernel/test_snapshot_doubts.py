@@ -1,0 +1,45 @@
+"""The snapshot service where something was refused or has failed: nothing is lost by what comes after that."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from flatmount.errors import StoreError
+from flatmount.plan.facts import HostFacts
+from flatmount.snapshotter.model import Kind
+from tests.kernel.test_snapshot_commits import clear, served
+from tests.kernel.test_snapshot_desk import Faults, booked, faults, soon
+
+__all__ = ["faults"]
+
+
+def test_a_cleanup_beside_a_refused_removal_keeps_the_files(tmp_path: Path, facts: HostFacts, faults: Faults) -> None:
+    """What is out of memory and not out of the book is a snapshot still."""
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            await snapshots.create(Kind.ACTIVE, "layer", "", {})
+            await snapshots.commit("base", "layer", "", {})
+            files = f"{snapshots._disk.data}/{snapshots._index.find('base').snapshot.fs}"
+            faults.gate, writes = threading.Event(), faults.writes
+            faults.refused = lambda text: text != "([], [], [])"
+            removing = asyncio.create_task(snapshots.remove("base"))
+            await soon(lambda: faults.writes > writes)
+            cleaning = asyncio.create_task(snapshots.cleanup())
+            await asyncio.sleep(0.1)
+            faults.gate.set()
+            with pytest.raises(StoreError):
+                await removing
+            await cleaning
+            assert await booked(snapshots) == {"base"}
+            assert os.path.isdir(files)
+            faults.refused = lambda text: False
+            await clear(snapshots)
+            assert not os.path.exists(files)
+
+    asyncio.run(play())
