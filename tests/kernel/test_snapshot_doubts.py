@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import pytest
 from flatmount.errors import StoreError
 from flatmount.plan.facts import HostFacts
 from flatmount.snapshotter.model import Kind
+from flatmount.store.database import SCHEMA
 from tests.kernel.test_snapshot_commits import clear, served
-from tests.kernel.test_snapshot_desk import Faults, booked, faults, soon
+from tests.kernel.test_snapshot_desk import Faults, booked, faults, names, soon
 
 __all__ = ["faults"]
 
@@ -41,5 +44,22 @@ def test_a_cleanup_beside_a_refused_removal_keeps_the_files(tmp_path: Path, fact
             faults.refused = lambda text: False
             await clear(snapshots)
             assert not os.path.exists(files)
+
+    asyncio.run(play())
+
+
+def test_a_newer_store_is_written_by_nobody(tmp_path: Path, facts: HostFacts) -> None:
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            await snapshots.create(Kind.ACTIVE, "old", "", {})
+            book = os.path.join(snapshots._disk.base, "state.db")
+        with closing(sqlite3.connect(book)) as db:
+            db.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+        async with served(tmp_path / "store", facts) as snapshots:
+            for work in snapshots.update("old", {"a": "b"}, ()), snapshots.remove("old"):
+                with pytest.raises(StoreError, match="newer"):
+                    await work
+            assert await names(snapshots) == ["old"]
+            assert (await snapshots.stat("old")).labels == {}
 
     asyncio.run(play())

@@ -130,7 +130,8 @@ class Desk:
         ]
         for thread in self._threads:
             thread.start()
-        self._committer = self._new_committer(data_fd)
+        # A newer store is read only: the writer is the one that tells so.
+        self._committer = None if writing.newer else self._new_committer(data_fd)
         if self._committer is not None:
             self._loop.add_reader(self._committer.fileno(), self._committed)
 
