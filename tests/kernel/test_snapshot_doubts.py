@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import sqlite3
 import threading
@@ -14,6 +15,7 @@ import pytest
 from flatmount.errors import StoreError
 from flatmount.plan.facts import HostFacts
 from flatmount.snapshotter.model import Kind
+from flatmount.snapshotter.trees import Trees
 from flatmount.store.database import SCHEMA
 from tests.kernel.test_snapshot_commits import clear, served
 from tests.kernel.test_snapshot_desk import Faults, booked, faults, names, soon
@@ -61,5 +63,22 @@ def test_a_newer_store_is_written_by_nobody(tmp_path: Path, facts: HostFacts) ->
                     await work
             assert await names(snapshots) == ["old"]
             assert (await snapshots.stat("old")).labels == {}
+
+    asyncio.run(play())
+
+
+def test_a_look_at_the_disk_that_fails_keeps_nobody_waiting(
+    tmp_path: Path, facts: HostFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The roots that are known may be forgotten by the writer's thread this moment."""
+
+    def entries(own: Trees, uppers: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            monkeypatch.setattr(Trees, "entries", entries)
+            await asyncio.wait_for(snapshots.create(Kind.ACTIVE, "key", "", {}), 5)
+            await asyncio.wait_for(snapshots.remove("key"), 5)
 
     asyncio.run(play())

@@ -247,10 +247,10 @@ class Desk:
         """Have the batch written without the interpreter, if nothing about it is unusual."""
         if self._committer is None or self._log_is_long:
             return False
-        uppers = self._trees.entries([change.upper for change in batch.changes if change.upper is not None])
-        if uppers is None:
-            return False
         try:
+            uppers = self._trees.entries([change.upper for change in batch.changes if change.upper is not None])
+            if uppers is None:
+                return False
             self._committer.submit(uppers, book.rows_of(change.rows for change in batch.changes))
         except Exception:
             return False  # the writer finds out whose fault it is
