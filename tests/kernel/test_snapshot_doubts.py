@@ -14,6 +14,7 @@ import pytest
 
 from flatmount.errors import StoreError
 from flatmount.plan.facts import HostFacts
+from flatmount.snapshotter import ahead, trees
 from flatmount.snapshotter.model import Kind
 from flatmount.snapshotter.trees import Trees
 from flatmount.store.database import SCHEMA
@@ -81,4 +82,30 @@ def test_a_look_at_the_disk_that_fails_keeps_nobody_waiting(
             await asyncio.wait_for(snapshots.create(Kind.ACTIVE, "key", "", {}), 5)
             await asyncio.wait_for(snapshots.remove("key"), 5)
 
+    asyncio.run(play())
+
+
+def test_what_was_made_ahead_of_a_failed_write_is_given_to_nobody(
+    tmp_path: Path, facts: HostFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directories may be what is lost, and a commit on them would be told that all is well."""
+    failing = [errno.EIO]
+
+    def sync(fd: int) -> None:
+        if failing:
+            raise OSError(failing.pop(), "Input/output error")
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            await snapshots.create(Kind.ACTIVE, "a", "", {})
+            await soon(lambda: len(snapshots._ahead._ready) == ahead.READY)
+            made = snapshots._ahead.held()
+            with pytest.raises(StoreError, match="Input/output error"):
+                await snapshots.commit("layer-a", "a", "", {})
+            await snapshots.create(Kind.ACTIVE, "b", "", {})
+            assert snapshots._index.find("b").snapshot.number not in made
+            await snapshots.commit("layer-b", "b", "", {})
+            await clear(snapshots)
+
+    monkeypatch.setattr(trees, "sync_filesystem", sync)
     asyncio.run(play())

@@ -160,7 +160,10 @@ class Ahead:
             if not numbers:
                 await self.more()
                 self._fill_soon()
-            elif self._make(numbers):
+                return
+            # A write that fails from now on may be that of their directories.
+            self._trees.highest = max(self._trees.highest, numbers[-1])
+            if self._make(numbers):
                 self._making.extend(numbers)
             else:
                 self._closed = True
