@@ -19,7 +19,7 @@ from flatmount.snapshotter.model import Kind
 from flatmount.snapshotter.trees import Trees
 from flatmount.store.database import SCHEMA
 from tests.kernel.test_snapshot_commits import clear, served
-from tests.kernel.test_snapshot_desk import Faults, booked, faults, names, soon
+from tests.kernel.test_snapshot_desk import Faults, Kept, booked, faults, names, soon
 
 __all__ = ["faults"]
 
@@ -108,4 +108,23 @@ def test_what_was_made_ahead_of_a_failed_write_is_given_to_nobody(
             await clear(snapshots)
 
     monkeypatch.setattr(trees, "sync_filesystem", sync)
+    asyncio.run(play())
+
+
+def test_who_keeps_answers_no_more_has_none(tmp_path: Path, facts: HostFacts) -> None:
+    """It would not be told of what is forgotten from then on."""
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            first, second = Kept(), Kept()
+            snapshots.keep_answers(first)
+            await snapshots.create(Kind.ACTIVE, "key", "", {})
+            assert first.keys() == {"key"}
+            snapshots.keep_answers(second)
+            assert first == {}
+            await snapshots.mounts("key")
+            snapshots.keep_answers(None)
+            assert second == {}
+            await clear(snapshots)
+
     asyncio.run(play())

@@ -173,7 +173,9 @@ class Snapshots:
         os.close(self._lock_fd)
 
     def keep_answers(self, keeps: Keeps | None) -> None:
-        """Have somebody answer `mounts` where nothing has to be done for it."""
+        """Have somebody answer `mounts` where nothing has to be done for it, and whoever did before no more."""
+        if self._keeps is not None:
+            self._keeps.forget()
         self._keeps = keeps
 
     # Requests.
