@@ -53,9 +53,7 @@ setup(
             "flatmount.snapshotter._front",
             sources=[*sources("native/front"), "native/upper.c", "native/read_uppers.c"],
             depends=[
-                "native/front/front.h",
-                "native/front/kept.h",
-                "native/front/committer.h",
+                *sorted(str(path) for path in Path("native/front").glob("*.h")),
                 "native/upper.h",
                 "native/read_uppers.h",
             ],
