@@ -7,6 +7,7 @@ import errno
 import os
 import sqlite3
 import threading
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from flatmount.errors import StoreError
 from flatmount.plan.facts import HostFacts
 from flatmount.snapshotter import ahead, trees
-from flatmount.snapshotter.model import Kind
+from flatmount.snapshotter.model import REF_LABEL, Kind
 from flatmount.snapshotter.trees import Trees
 from flatmount.store.database import SCHEMA
 from tests.kernel.test_snapshot_commits import clear, served
@@ -108,6 +109,36 @@ def test_what_was_made_ahead_of_a_failed_write_is_given_to_nobody(
             await clear(snapshots)
 
     monkeypatch.setattr(trees, "sync_filesystem", sync)
+    asyncio.run(play())
+
+
+def test_an_answer_from_before_the_flat_tree_is_given_no_more(tmp_path: Path, facts: HostFacts) -> None:
+    """A container that is created while its image is merged, and started later, has one lower as well."""
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            kept = Kept()
+            snapshots.keep_answers(kept)
+            for name, parent in (("one", ""), ("two", "one")):
+                await snapshots.create(Kind.ACTIVE, f"layer-{name}", parent, {REF_LABEL: name})
+                await snapshots.commit(name, f"layer-{name}", parent, {})
+            merge = asyncio.Event()
+            make = snapshots.flattening._make
+
+            async def later(chain: Sequence[int]) -> None:
+                await merge.wait()
+                await make(chain)
+
+            snapshots.flattening._make = later
+            before = await snapshots.create(Kind.ACTIVE, "container", "two", {})
+            assert kept["container"] == before
+            merge.set()
+            await soon(lambda: snapshots.flattening.flats)
+            after = kept.get("container") or await snapshots.mounts("container")
+            assert any(option.endswith("/flat") for option in after.options), after
+            assert kept["container"] == after
+            await clear(snapshots)
+
     asyncio.run(play())
 
 

@@ -174,8 +174,7 @@ class Snapshots:
 
     def keep_answers(self, keeps: Keeps | None) -> None:
         """Have somebody answer `mounts` where nothing has to be done for it, and whoever did before no more."""
-        if self._keeps is not None:
-            self._keeps.forget()
+        self._forget()
         self._keeps = keeps
 
     # Requests.
@@ -434,16 +433,15 @@ class Snapshots:
 
     def _refuse(self) -> None:
         self._turns.refuse()
-        if self._keeps is not None:
-            self._keeps.forget()
+        self._forget()
 
     def _keep(self, key: str, mount: Mount) -> None:
         if self._keeps is not None:
             self._keeps.keep(key, mount)
 
-    def _forget(self, key: str) -> None:
+    def _forget(self, *keys: str) -> None:
         if self._keeps is not None:
-            self._keeps.forget(key)
+            self._keeps.forget(*keys)
 
     def _made_ahead(self, count: int, error: int) -> None:
         self._ahead.made(count, error)
@@ -517,6 +515,8 @@ class Snapshots:
         """Make the flat tree of the chain whose nearest snapshot is `parents[0]`."""
         sources = lowers_of(parents, self.flattening.flats)
         await self._in_pool(lambda: self._trees.flatten(parents[0], sources))
+        # What was told until now names every layer. The tree counts as made before anybody else has a turn.
+        self._forget()
 
     async def _in_pool(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
