@@ -50,6 +50,7 @@ struct fm_committer {
 	struct fm_done done;
 };
 
+/* One thread at a time: the interpreter's lock sees to that. */
 static bool load_sqlite(void)
 {
 	static const struct {
@@ -64,6 +65,11 @@ static bool load_sqlite(void)
 		{"sqlite3_clear_bindings", (void **)&sqlite.clear_bindings},
 		{"sqlite3_finalize", (void **)&sqlite.finalize},   {"sqlite3_errmsg", (void **)&sqlite.errmsg},
 	};
+	static bool loaded;
+
+	/* The thread of another committer may be reading them. */
+	if (loaded)
+		return true;
 	/* Only if it is there: the handle is kept, so that it stays. */
 	void *library = dlopen("libsqlite3.so.0", RTLD_NOW | RTLD_NOLOAD);
 
@@ -72,6 +78,7 @@ static bool load_sqlite(void)
 	for (size_t i = 0; i < sizeof(wanted) / sizeof(wanted[0]); i++)
 		if (!(*wanted[i].place = dlsym(library, wanted[i].name)))
 			return false;
+	loaded = true;
 	return true;
 }
 
