@@ -17,7 +17,7 @@ from flatmount.errors import StoreError
 from flatmount.plan.facts import HostFacts
 from flatmount.snapshotter import ahead, trees
 from flatmount.snapshotter.model import REF_LABEL, Kind
-from flatmount.snapshotter.trees import Trees
+from flatmount.snapshotter.trees import Trees, Upper
 from flatmount.store.database import SCHEMA
 from tests.kernel.test_snapshot_commits import clear, served
 from tests.kernel.test_snapshot_desk import Faults, Kept, booked, faults, names, soon
@@ -109,6 +109,28 @@ def test_what_was_made_ahead_of_a_failed_write_is_given_to_nobody(
             await clear(snapshots)
 
     monkeypatch.setattr(trees, "sync_filesystem", sync)
+    asyncio.run(play())
+
+
+def test_a_number_that_was_noted_is_not_forgotten_for_a_lower_one(tmp_path: Path, facts: HostFacts) -> None:
+    """A copy's, by a worker, while the event loop hands over a batch with a higher one: `lost` is taken from it."""
+
+    async def play() -> None:
+        async with served(tmp_path / "store", facts) as snapshots:
+            trees = snapshots._trees
+            upper = Upper(2_000_000, "", None, None, made=False, work=True, none=False)
+            other = threading.Thread(target=trees.entries, args=([upper],))
+
+            class Slow(int):
+                def __gt__(self, value: int) -> bool:
+                    other.start()
+                    other.join(0.2)
+                    return int(self) > value
+
+            trees._make_top(Slow(1_000_000))
+            await asyncio.to_thread(other.join)
+            assert trees.highest == 2_000_000
+
     asyncio.run(play())
 
 

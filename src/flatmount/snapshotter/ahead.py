@@ -162,7 +162,7 @@ class Ahead:
                 self._fill_soon()
                 return
             # A write that fails from now on may be that of their directories.
-            self._trees.highest = max(self._trees.highest, numbers[-1])
+            self._trees.note(numbers[-1])
             if self._make(numbers):
                 self._making.extend(numbers)
             else:

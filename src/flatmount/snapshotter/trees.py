@@ -60,9 +60,9 @@ class Upper:
 class Trees:
     """The directories of one store's snapshots. Borrows `disk`; its methods may be called from any thread.
 
-    `highest` is the highest number of a snapshot that there has been. `lost` is what that was when a write to the disk
-    failed, or 0: what was written until then into snapshots up to that number may be lost, and the kernel tells of it
-    once only. It outlives the process, where the disk still takes an attribute.
+    `highest` is the highest number of what there has been, also of directories made ahead. `lost` is what that was when
+    a write to the disk failed, or 0: what was written until then into snapshots up to that number may be lost, and the
+    kernel tells of it once only. It outlives the process, where the disk still takes an attribute.
     """
 
     def __init__(self, disk: Disk) -> None:
@@ -70,10 +70,16 @@ class Trees:
         self._fd = disk.data_fd
         self._roots: dict[int, tuple[int, int, int]] = {}
         self.highest = 0
+        self._noting = threading.Lock()
         self._failures = 0
         self._syncing = threading.Lock()
         self.lost = self._known_lost()
         self.stopping = False
+
+    def note(self, number: int) -> None:
+        """Something is about to be written for `number`."""
+        with self._noting:
+            self.highest = max(self.highest, number)
 
     def make(self, uppers: Sequence[Upper]) -> list[FlatmountError | None]:
         """Make the directories of fresh snapshots; each root takes mode and owner from its parent's root.
@@ -84,7 +90,7 @@ class Trees:
         found: list[FlatmountError | None] = [None] * len(uppers)
         entries = []
         for place, upper in enumerate(uppers):
-            self.highest = max(self.highest, upper.number)
+            self.note(upper.number)
             try:
                 mode, uid, gid = self._root_of(upper)
             except OSError as error:
@@ -122,7 +128,7 @@ class Trees:
             except FlatmountError:
                 return None
             found.append((upper.number, upper.made, upper.work, upper.none, mode, uid, gid))
-            self.highest = max(self.highest, upper.number)
+            self.note(upper.number)
         return found
 
     def _root_of(self, upper: Upper) -> tuple[int, int, int]:
@@ -178,7 +184,7 @@ class Trees:
 
     def _make_top(self, number: int) -> None:
         # It is not there: no number is given twice, and `start` has taken away what the book does not know.
-        self.highest = max(self.highest, number)
+        self.note(number)
         os.mkdir(f"snapshots/{number}", 0o700, dir_fd=self._fd)
 
     def rebase(self, snapshot: Snapshot, parent: int | None) -> None:
