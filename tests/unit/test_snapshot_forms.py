@@ -13,11 +13,11 @@ from flatmount.snapshotter.forms import (
     helper_plan,
     keeps_host_ids,
     lowers_of,
+    mapping_of,
     plain_answer,
 )
 from flatmount.snapshotter.model import GID_LABEL, REF_LABEL, UID_LABEL, Form, Info, InvalidRequest, Kind, Snapshot
 from flatmount.snapshotter.ranges import range_name
-from flatmount.snapshotter.snapshots import mapping_of
 from flatmount.snapshotter.trees import inverted
 
 RANGE = Mapping.single(100000)

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 from flatmount.errors import FlatmountError
 from flatmount.plan.facts import HostFacts
@@ -24,6 +24,14 @@ log = logging.getLogger("flatmount.snapshotter")
 # is longer than 3,584. A chain whose lowers are more than this gets a flat tree before containerd is answered.
 MOST_LOWERS = 100
 MOST_LOWER_BYTES = 3200
+
+
+class Keeps(Protocol):
+    """Whoever can answer `mounts` for us, and does for a key from `keep` to `forget`, which without keys is for all."""
+
+    def keep(self, key: str, mount: Mount) -> None: ...
+
+    def forget(self, *keys: str) -> None: ...
 
 
 class Answers:

@@ -6,12 +6,39 @@ Every answer is one mount, whatever number of layers the image has.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from collections.abc import Mapping as Labels
+from functools import lru_cache
 
 from flatmount.plan.mapping import Mapping
-from flatmount.snapshotter.model import REF_LABEL, Form, Info, Kind, Mount, Snapshot
+from flatmount.snapshotter.model import (
+    GID_LABEL,
+    REF_LABEL,
+    UID_LABEL,
+    Form,
+    Info,
+    InvalidRequest,
+    Kind,
+    Mount,
+    Snapshot,
+)
 
 # Flattening must never meet a redirect, and an upper must not depend on file handles of its lowers.
 OVERLAY_OPTIONS = ("redirect_dir=off", "metacopy=off", "index=off")
+
+
+def mapping_of(labels: Labels[str, str]) -> Mapping | None:
+    """The user range that a snapshot is wanted for. Raises: MappingError; InvalidRequest for half of one."""
+    uids, gids = labels.get(UID_LABEL), labels.get(GID_LABEL)
+    if uids is None and gids is None:
+        return None
+    if not uids or not gids:
+        raise InvalidRequest(f"a mapping needs both {UID_LABEL} and {GID_LABEL}")
+    return _parsed(uids, gids)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(uids: str, gids: str) -> Mapping:
+    return Mapping.parse(uids, gids)
 
 
 def lowers_of(parents: Sequence[int], flats: Container[int]) -> tuple[str, ...]:

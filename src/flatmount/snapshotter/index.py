@@ -282,3 +282,11 @@ def remap_refused(name: str) -> Precondition:
         hint='add capabilities = ["remap-ids"] to the proxy plugin in containerd\'s configuration, restart containerd'
         " and remove the snapshots whose keys end in -remap; `flatmount containerd install` does the first",
     )
+
+
+def check_name(name: str) -> None:
+    """Whether a snapshot can be called so. Raises: InvalidRequest."""
+    if not name:
+        raise InvalidRequest("a snapshot needs a key")
+    if "\0" in name:
+        raise InvalidRequest(f"{name!r} cannot be the name of a snapshot")

@@ -18,29 +18,26 @@ import os
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from collections.abc import Mapping as Labels
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from functools import lru_cache, partial
-from typing import Any, Protocol, TypeVar
+from contextlib import suppress
+from functools import partial
+from typing import Any, TypeVar
 
 from flatmount.errors import FlatmountError, InUse, StoreError
 from flatmount.plan.facts import HostFacts
-from flatmount.plan.mapping import Mapping
 from flatmount.snapshotter import book
 from flatmount.snapshotter.ahead import Ahead
-from flatmount.snapshotter.answers import Answers
+from flatmount.snapshotter.answers import Answers, Keeps
+from flatmount.snapshotter.copies import Copies, Copy
 from flatmount.snapshotter.desk import Change, Desk
 from flatmount.snapshotter.filters import parse_filters
 from flatmount.snapshotter.flattening import Flattening
-from flatmount.snapshotter.forms import form_for, keeps_host_ids, lowers_of
-from flatmount.snapshotter.index import Entry, Index, remap_refused, without_empty
+from flatmount.snapshotter.forms import form_for, keeps_host_ids, lowers_of, mapping_of
+from flatmount.snapshotter.index import Entry, Index, check_name, remap_refused, without_empty
 from flatmount.snapshotter.model import (
-    GID_LABEL,
     REF_LABEL,
-    UID_LABEL,
     Form,
     Info,
     InvalidRequest,
@@ -64,22 +61,6 @@ _WORKERS = 16
 _STUCK_S = 5.0
 
 HELPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "kernel", "flatmount-assemble")
-
-
-class Keeps(Protocol):
-    """Whoever can answer `mounts` for us, and does for a key from `keep` to `forget`, which without keys is for all."""
-
-    def keep(self, key: str, mount: Mount) -> None: ...
-
-    def forget(self, *keys: str) -> None: ...
-
-
-@dataclass(slots=True)
-class _Copy:
-    """The number of the directory that a commit enters, and whether the book may have it."""
-
-    number: int
-    entered: bool = False
 
 
 class Snapshots:
@@ -106,8 +87,6 @@ class Snapshots:
         self._turns = Turns(self._read_again)
         self._held = self._turns.held
         self._tasks: set[asyncio.Task[None]] = set()
-        # Numbers of copies that a commit is about to enter in the book.
-        self._copies: set[int] = set()
         # Numbers of removed snapshots that the book still has, and may keep.
         self._going: set[int] = set()
         self._lock_fd = -1
@@ -133,6 +112,7 @@ class Snapshots:
         path, self._reserve = os.path.join(self._disk.base, "state.db"), Reserve(self._disk.base)
         self._desk = Desk(path, self._disk.data_fd, self._reserve, self._trees, self._refuse, self._made_ahead)
         self._ahead = Ahead(self._trees, self._desk.numbers, self._desk.make_ahead, self._roomy)
+        self._copies = Copies(self._trees, self._ahead, self._in_pool)
         await self._read_again()
         entries = list(self._index)
         await self._in_pool(lambda: self._recover(entries))
@@ -185,7 +165,7 @@ class Snapshots:
         On disk: snapshots/N/{fs,work}, and the book. Raises, before anything is done: SnapshotError by case,
         MappingError. To `done`: StoreError, and what the mounting raises.
         """
-        _checked(key)
+        check_name(key)
         labels = without_empty(labels)
         mapping = mapping_of(labels)
         if mapping is not None and key.endswith("-remap"):
@@ -293,7 +273,7 @@ class Snapshots:
         """Make an active snapshot a committed one that others can have as parent. All of it is on disk by then."""
         if not name:
             raise InvalidRequest("a committed snapshot needs a name")
-        _checked(name)
+        check_name(name)
         await self._turns.to_its_end(self._commit(name, key, parent, labels))
 
     async def _commit(self, name: str, key: str, parent: str, labels: Labels[str, str]) -> None:
@@ -304,7 +284,7 @@ class Snapshots:
             if active.unpacked:
                 number_on = None if on is None else on.snapshot.number
                 await self._in_pool(lambda: self._trees.rebase(active, number_on))
-            async with self._copy(active) as copy:
+            async with self._copies.of(active) as copy:
                 usage = await self._in_pool(lambda: self._trees.measure(f"snapshots/{copy.number}/fs"))
                 await self._synced.run()
                 if active.number <= self._trees.lost:
@@ -320,7 +300,7 @@ class Snapshots:
             self.flattening.soon(chain)
 
     async def _enter_commit(
-        self, active: Snapshot, name: str, parent: str, labels: Labels[str, str], usage: Usage, copy: _Copy
+        self, active: Snapshot, name: str, parent: str, labels: Labels[str, str], usage: Usage, copy: Copy
     ) -> Entry:
         key = active.info.name
         await self._turns.not_stale()
@@ -342,30 +322,6 @@ class Snapshots:
             else:
                 self._refuse()  # it may have been read before this was written
             return made
-
-    @asynccontextmanager
-    async def _copy(self, active: Snapshot) -> AsyncIterator[_Copy]:
-        """A copy of an upper of host ids in the container's, for the block to enter; for others what they have.
-
-        A copy that the block fails to begin to enter is gone afterwards. One that the book may have is left: where it
-        has not, a cleanup takes it away.
-        """
-        if not active.host_ids:
-            yield _Copy(active.number)
-            return
-        while (taken := self._ahead.take(ready=False)) is None:
-            await self._ahead.more()
-        copy = _Copy(taken[0])
-        self._copies.add(copy.number)
-        try:
-            await self._in_pool(lambda: self._trees.copy_to_container_ids(active, copy.number))
-            yield copy
-        except Exception:
-            if not copy.entered:
-                await self._in_pool(lambda: self._trees.discard(copy.number))
-            raise
-        finally:
-            self._copies.discard(copy.number)
 
     async def stat(self, key: str) -> Info:
         """What is known of a snapshot."""
@@ -402,7 +358,7 @@ class Snapshots:
         await self._turns.not_stale()
         # Whoever is given a number after this has a higher one; what was removed until now is out of the book for good
         # before its files go.
-        known, last = self._index.numbers() | self._ahead.held() | self._copies | self._going, self._ahead.last
+        known, last = self._index.numbers() | self._ahead.held() | self._copies.numbers | self._going, self._ahead.last
         await self._desk.durable()
         await self._in_pool(
             lambda: self._trees.hide_unknown(known, last, lambda n: n in self.flattening.running or self.roots.holds(n))
@@ -520,25 +476,3 @@ class Snapshots:
 
     async def _in_pool(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
-
-def _checked(name: str) -> None:
-    if not name:
-        raise InvalidRequest("a snapshot needs a key")
-    if "\0" in name:
-        raise InvalidRequest(f"{name!r} cannot be the name of a snapshot")
-
-
-def mapping_of(labels: Labels[str, str]) -> Mapping | None:
-    """The user range that a snapshot is wanted for. Raises: MappingError; InvalidRequest for half of one."""
-    uids, gids = labels.get(UID_LABEL), labels.get(GID_LABEL)
-    if uids is None and gids is None:
-        return None
-    if not uids or not gids:
-        raise InvalidRequest(f"a mapping needs both {UID_LABEL} and {GID_LABEL}")
-    return _parsed(uids, gids)
-
-
-@lru_cache(maxsize=1024)
-def _parsed(uids: str, gids: str) -> Mapping:
-    return Mapping.parse(uids, gids)
