@@ -62,10 +62,8 @@ class Behind:
         self._todo: queue.SimpleQueue[Callable[[Front], None] | None] = queue.SimpleQueue()
         self._wake = os.eventfd(0)
         with socket.socket(socket.AF_UNIX) as listening:
-            # Who waits for the path finds somebody there.
-            listening.bind(self.path + "-")
+            listening.bind(self.path)
             listening.listen()
-            os.rename(self.path + "-", self.path)
             self.listening = listening.fileno()
             self._front = Front(listening.fileno(), self.paths, MOST_BYTES, most_s)
             listening.detach()

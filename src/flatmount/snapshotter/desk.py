@@ -34,7 +34,7 @@ Done = Callable[[BaseException | None], None]
 
 _MOST_AT_ONCE = 512
 # So many are enough to begin with, while the event loop still takes in the others.
-_BEGIN_AT = 16
+_BEGIN_AT = 48
 # The changes of a batch that failed are tried one by one, for so long.
 _TRY_FOR_S = 1.0
 _RESERVE_EVERY_S = 5.0
