@@ -42,8 +42,8 @@ struct fm_batch {
 
 struct fm_committer;
 
-/* Open the book at `path` for good, run those of `setup`, and prepare `statements` (at most FM_MOST_STATEMENTS). `data` is
- * borrowed, and is to outlive the committer. Returns NULL with what is wrong in `why` (malloc'ed, or NULL). */
+/* Open the book at `path` for good, run those of `setup`, and prepare `statements` (at most FM_MOST_STATEMENTS).
+ * `data` is borrowed, and is to outlive the committer. Returns NULL with what is wrong in `why` (malloc'ed, or NULL). */
 struct fm_committer *fm_committer_start(const char *path, int data, char *const *setup, size_t setup_count,
 					char *const *statements, size_t count, char **why);
 /* A descriptor that is readable when a batch is done, or all that was to be made ahead. Stays the committer's. */
@@ -64,8 +64,8 @@ struct fm_done {
 
 /* What was done since the last time. */
 struct fm_done fm_committer_take(struct fm_committer *committer);
-/* End it, once its batch is done; what is not made ahead by then is not made. Where that takes longer than `limit_ms`, the thread is left behind with all it has:
- * returns false then. */
+/* End it, once its batch is done; what is not made ahead by then is not made. Where that takes longer than `limit_ms`,
+ * the thread is left behind with all it has: returns false then. */
 bool fm_committer_stop(struct fm_committer *committer, int limit_ms);
 void fm_batch_free(struct fm_batch *batch);
 

@@ -91,11 +91,33 @@ def run_storm(
     Raises: FlatmountError; Interrupted.
     """
     _check(settings)
+    allow_descriptors(settings.containers, settings.concurrency, layers=len(image.layers))
+    taken_at = now_utc()
+    if not settings.on_host:
+        enter_private_mounts()
+    elsewhere = () if uppers is None else (os.path.join(os.path.realpath(uppers), owned_name("flatmount-storm")),)
     report: StormReport | None = None
     standing = _Standing()
     try:
         with ExitStack() as stack:
-            report = _measure(stack, store, image, settings, facts, run, uppers, progress, account, standing)
+            stop = stack.enter_context(stoppable())
+            place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
+            standing.place = place
+            background_mounts(place, settings.background)
+            uppers = elsewhere[0] if elsewhere else f"{place}/uppers"
+            storm = _Storm(store, image, settings, facts, place, uppers, stop, standing)
+            probe = stack.enter_context(HealthProbe())
+            storm.prepare(progress, stack)
+            unasked = Account(None, "not asked")
+            accounts = {name: storm.account(name, progress) if account else unasked for name in settings.strategies}
+            results = [
+                storm.measure(name, repeat, accounts[name], probe, progress)
+                for repeat in range(settings.repeats)
+                for name in rotated(settings.strategies, repeat)
+            ]
+            name = image.name or image.digest
+            facts_of_image = ImageFacts(name, len(image.layers), storm.entries)
+            report = StormReport(taken_at, this_host(), facts_of_image, settings, tuple(results))
     except Interrupted as interrupted:
         if standing.lines:
             raise Interrupted(interrupted.number, standing.told()[0]) from None
@@ -122,42 +144,6 @@ class _Standing:
         if os.path.lexists(self.place):
             fate = f"{self.place} is still there: the next `flatmount storm`, `mount` or `umount` clears it"
         return tuple(f"{line}; {fate}" for line in self.lines)
-
-
-def _measure(
-    stack: ExitStack,
-    store: Store,
-    image: StoredImage,
-    settings: Settings,
-    facts: HostFacts,
-    run: str,
-    uppers: str | None,
-    progress: Progress,
-    account: bool,
-    left: _Standing,
-) -> StormReport:
-    allow_descriptors(settings.containers, settings.concurrency, layers=len(image.layers))
-    taken_at = now_utc()
-    if not settings.on_host:
-        enter_private_mounts()
-    elsewhere = () if uppers is None else (os.path.join(os.path.realpath(uppers), owned_name("flatmount-storm")),)
-    stop = stack.enter_context(stoppable())
-    place = stack.enter_context(workplace(run, "storm", elsewhere=elsewhere))
-    left.place = place
-    background_mounts(place, settings.background)
-    storm = _Storm(store, image, settings, facts, place, elsewhere[0] if elsewhere else f"{place}/uppers", stop, left)
-    probe = stack.enter_context(HealthProbe())
-    storm.prepare(progress, stack)
-    unasked = Account(None, "not asked")
-    accounts = {name: storm.account(name, progress) if account else unasked for name in settings.strategies}
-    results = [
-        storm.measure(name, repeat, accounts[name], probe, progress)
-        for repeat in range(settings.repeats)
-        for name in rotated(settings.strategies, repeat)
-    ]
-    name = image.name or image.digest
-    facts_of_image = ImageFacts(name, len(image.layers), storm.entries)
-    return StormReport(taken_at, this_host(), facts_of_image, settings, tuple(results))
 
 
 def _check(settings: Settings) -> None:
